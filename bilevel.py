@@ -1,0 +1,103 @@
+"""The two levels and their alternation, for one user.
+
+    upper level    min over φ                L(X_valid; Θ*, φ)    the router, on text from the target distribution
+    lower level    Θ* in argmin over Θ       L(X_train; Θ, φ)     all else that learns, on the user's own text
+
+A level owns its parameters, its stream of batches and its optimizer. Its step differentiates with respect to its own
+parameters only, so no gradient of one level is ever in the other's way.
+
+    python -m pytest tests/test_bilevel.py
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from model import GPT, dense_gates
+
+Batch = tuple[Tensor, Tensor]  # inputs and targets, (B, T) token numbers each
+
+
+class Level:
+    """One level: the parameters it moves, the batches it learns from, its AdamW and its learning-rate schedule."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], batches: Iterator[Batch], lr: float, weight_decay: float,
+                 schedule: Callable[[int], float]):
+        self.parameters = list(parameters.values())
+        self.batches = batches
+        self.optimizer = torch.optim.AdamW(self.parameters, lr, (0.9, 0.95), weight_decay=weight_decay, fused=True)
+        self.schedule = LambdaLR(self.optimizer, schedule)
+
+    @property
+    def steps(self) -> int:
+        """Steps taken in the user's life."""
+        return self.schedule.last_epoch
+
+    def step(self, model: GPT) -> Tensor:
+        """Take one step down the loss on this level's next batch. Returns that loss as it was before, in nats."""
+        _, loss = model(*next(self.batches))
+        loss.backward(inputs=self.parameters)  # of this level only: nothing lands in the other's .grad
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        return loss.detach()
+
+    def state(self) -> dict:
+        """All that the next steps depend on, besides the parameters."""
+        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
+                "batches": self.batches.state()}
+
+
+def cosine(steps: int, warmup: int) -> Callable[[int], float]:
+    """The experts' schedule, as a factor: linear up over `warmup` steps, a cosine down to a tenth at `steps`."""
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
+    return factor
+
+
+def constant(step: int) -> float:
+    """The routers' schedule."""
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Alternation:
+    """When which level takes its steps."""
+
+    local_steps: int  # expert steps in a round
+    router_every: int  # expert steps between two visits to the upper level, counted over the user's life
+    router_steps: int  # router steps in such a visit
+
+
+def alternate(model: GPT, lower: Level, upper: Level | None, plan: Alternation) -> Tensor:
+    """One user's work in one round (alternating minimisation). Returns the mean training loss, in nats.
+
+    `upper` is None for methods without a router to teach.
+    """
+    losses = []
+    for _ in range(plan.local_steps):
+        losses.append(lower.step(model))  # 1. Θ ← Θ − η ∇_Θ L(X_train; Θ, φ)
+        if upper and lower.steps % plan.router_every == 0:
+            for _ in range(plan.router_steps):
+                upper.step(model)  # 2. φ ← φ − η' ∇_φ L(X_valid; Θ, φ)
+    return torch.stack(losses).mean()
+
+
+@torch.no_grad()
+def evaluate(model: GPT, batches: Iterator[Batch]) -> tuple[float, Tensor]:
+    """Mean cross-entropy over all targets, in nats, and the mean gate of each expert in each layer, (L, E)."""
+    E = len(model.config.expert_roles)
+    loss, gates, tokens = 0.0, 0.0, 0
+    for idx, targets in batches:
+        hidden, routings = model.trunk(idx)
+        loss += model.loss(hidden, targets).item() * targets.numel()
+        gates += torch.stack([dense_gates(routing, E).sum(0) for routing in routings])
+        tokens += targets.numel()
+    return loss / tokens, gates / tokens

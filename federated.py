@@ -1,0 +1,90 @@
+"""The federation: users who learn, and a server that averages what they have in common.
+
+Between a user and the server there is one kind of message, a dictionary of generalist tensors by name. Text, batches,
+specialists, routers, gradients and optimizers stay in the `User`.
+
+    python -m pytest tests/test_federated.py
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from bilevel import Alternation, Level, alternate
+from model import GENERALIST, GPT
+
+Message = dict[str, Tensor]  # generalist tensors by name
+
+
+def size_of(message: Message) -> int:
+    """Bytes on the wire."""
+    return sum(tensor.nbytes for tensor in message.values())
+
+
+class User:
+    """A device: its model, its two levels (which hold its text), and a count of the bytes that left and reached it."""
+
+    def __init__(self, name: str, model: GPT, lower: Level, upper: Level | None, weight: float = 1.0):
+        self.name, self.model, self.lower, self.upper = name, model, lower, upper
+        self.weight = weight  # in the server's average
+        self.version = -1  # of the generalists it holds
+        self.bytes_up = self.bytes_down = 0
+
+    @torch.no_grad()
+    def receive(self, generalists: Message) -> None:
+        """θ_i^G ← θ^G, of the tensors this user has a place for."""
+        own = self.model.having(GENERALIST)
+        message = {name: generalists[name] for name in own}
+        for name, parameter in own.items():
+            parameter.copy_(message[name])
+        self.bytes_down += size_of(message)
+
+    def learn(self, plan: Alternation) -> float:
+        """A round's local work. Returns the mean training loss, in nats."""
+        return alternate(self.model, self.lower, self.upper, plan).item()
+
+    def answer(self) -> Message:
+        """What leaves the device."""
+        message = {name: parameter.detach().clone() for name, parameter in self.model.having(GENERALIST).items()}
+        self.bytes_up += size_of(message)
+        return message
+
+
+def average(answers: list[Message], weights: list[float]) -> Message:
+    """θ^G = Σ_i w_i θ_i^G / Σ_i w_i, each tensor over the users who have it.
+
+    average([{"a": 1, "b": 5}, {"a": 3}], [1, 1]) -> {"a": 2, "b": 5}
+    """
+    names = dict.fromkeys(name for answer in answers for name in answer)
+    means = {}
+    for name in names:
+        held = [(answer[name], weight) for answer, weight in zip(answers, weights, strict=True) if name in answer]
+        means[name] = sum(tensor * weight for tensor, weight in held) / sum(weight for _, weight in held)
+    return means
+
+
+class Server:
+    """Holds θ^G, and how often it was averaged."""
+
+    def __init__(self, generalists: Message):
+        self.generalists = {name: tensor.detach().clone() for name, tensor in generalists.items()}
+        self.version = 0
+
+    def deliver(self, user: User) -> None:
+        """Send θ^G, unless the user holds it already."""
+        if user.version < self.version:
+            user.receive(self.generalists)
+            user.version = self.version
+
+
+def federated_round(server: Server, users: list[User], plan: Alternation) -> Iterator[tuple[User, float]]:
+    """One round. Yields each user and its mean training loss when it is done, and averages after the last."""
+    answers = []
+    for user in users:
+        server.deliver(user)  # 1. θ_i^G ← θ^G
+        loss = user.learn(plan)  # 2. both levels, on the device
+        answers.append(user.answer())  # 3. only θ_i^G leaves it
+        yield user, loss
+    server.generalists = average(answers, [user.weight for user in users])  # 4. θ^G ← mean of θ_i^G
+    server.version += 1

@@ -1,0 +1,28 @@
+"""Each method is a row: what it does to the roles, and which text teaches the router. The loop is always the same.
+
+    python train.py --method fedavg
+"""
+
+from dataclasses import dataclass, field
+
+from model import GENERALIST, SPECIALIST
+
+
+@dataclass(frozen=True)
+class Method:
+    summary: str
+    roles: dict[str, str] = field(default_factory=dict)  # role in the paper's model -> role here
+    routed: bool = False  # True: a router, taught on validation text; False: the experts' outputs are averaged
+    pooled: bool = False  # True: one model learns from everyone's text, which then has to leave the devices
+
+
+METHODS = {
+    "comigs": Method("generalists averaged, specialists and router at home, router taught on validation text",
+                     routed=True),
+    "local": Method("nothing leaves the device, which trains the same parameters alone",
+                    roles={GENERALIST: SPECIALIST}),
+    "fedavg": Method("everything is averaged, every expert over the users who have it",
+                     roles={SPECIALIST: GENERALIST}),
+    "centralized": Method("one model, as large as the largest user's, on the text of all; each of its batches holds "
+                          "a batch of every user's", roles={GENERALIST: SPECIALIST}, pooled=True),
+}

@@ -1,0 +1,145 @@
+"""Everything that determines a run: one dataclass, and the command line derived from it.
+
+    python train.py --help
+"""
+
+import argparse
+import math
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from data import BUILTIN, BUILTIN_TRAIN_KB, BadInput
+from methods import METHODS
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What a field of Settings is for, and the values that it may have."""
+
+    name: str
+    help: str
+    kind: type
+    low: float | None = None  # the smallest value
+    above: float | None = None  # a bound that is itself too small
+    choices: tuple[str, ...] = ()
+    each_user: bool = False  # one value for all users, or one for each
+
+    def parse(self, text: str):
+        """The value of a text from the command line. Raises BadInput."""
+        if self.kind is bool:
+            return True
+        try:
+            return tuple(self.kind(part) for part in text.split(",")) if self.each_user else self.kind(text)
+        except ValueError:
+            self.refuse(text)
+
+    def check(self, value) -> None:
+        """Raise BadInput if the value isn't one that it may have."""
+        for one in value if self.each_user else [value]:
+            unknown = self.choices and one not in self.choices
+            infinite = self.kind is float and not math.isfinite(one)
+            small = self.low is not None and one < self.low or self.above is not None and one <= self.above
+            if unknown or infinite or small:
+                self.refuse(value)
+
+    def refuse(self, value, why: str = "not possible", remedy: str | None = None):
+        if isinstance(value, tuple):
+            value = ",".join(map(str, value))
+        raise BadInput(f"{self.name} {value}: {why}; {remedy or self.remedy}")
+
+    @property
+    def remedy(self) -> str:
+        if self.choices:
+            return f"take one of {', '.join(self.choices)}"
+        number = "a whole number" if self.kind is int else "a number"
+        bound = f"above {self.above}" if self.low is None else f"of at least {self.low}"
+        return f"give {number} {bound}" + (", or one per user, with commas between" if self.each_user else "")
+
+
+def flag(default, help: str, kind: type = str, **values):
+    """A field of Settings; `values` as in Flag."""
+    return field(default=default, metadata=dict(help=help, kind=kind, **values))
+
+
+@dataclass
+class Settings:
+    """One run. Values that are given once for all users are repeated for each. Raises BadInput."""
+
+    users: int = flag(4, "number of users", int, low=1)
+    specialists: tuple[int, ...] = flag((1,), "specialist experts per layer", int, low=0, each_user=True)
+    generalists: int = flag(1, "generalist experts per layer", int, low=0)
+    top_k: int = flag(2, "experts per token; a user with fewer experts uses all it has", int, low=1)
+    method: str = flag("comigs", "a row of methods.py", choices=tuple(METHODS))
+    data: str = flag("builtin", f"text: {', '.join(BUILTIN)}, or a folder with a NAME.txt or a NAME/ for each user")
+    target: str = flag("own", "validation and test text: the user's own, or an even mix of all users'",
+                       choices=("own", "mixed"))
+    train_kb: tuple[float, ...] | None = flag(
+        None, f"training text in kB; default: {BUILTIN_TRAIN_KB} of a builtin, of a folder all there is", float,
+        above=0, each_user=True)
+    tokenizer: str = flag("bytes", "what a token is", choices=("bytes", "gpt2"))
+    average: str = flag("uniform", "a user's weight in the average: the same, or its number of training tokens",
+                        choices=("uniform", "tokens"))
+    rounds: int = flag(20, "communication rounds", int, low=1)
+    local_steps: int = flag(30, "expert steps of a user in a round", int, low=1)
+    router_every: int = flag(30, "expert steps between two visits to the router", int, low=1)
+    router_steps: int = flag(10, "router steps in such a visit", int, low=0)
+    batch_size: int = flag(16, "windows in a batch", int, low=1)
+    block_size: int = flag(64, "tokens in a window", int, low=1)
+    lr: float = flag(2e-3, "experts' learning rate at its highest", float, above=0)
+    router_lr: float = flag(2e-3, "routers' learning rate", float, above=0)
+    warmup: int = flag(30, "expert steps until the learning rate is at its highest", int, low=0)
+    weight_decay: float = flag(0.1, "of AdamW, for the experts", float, low=0)
+    n_layer: int = flag(3, "layers", int, low=1)
+    n_head: int = flag(4, "attention heads", int, low=1)
+    n_embd: int = flag(128, "channels", int, low=1)
+    seed: int = flag(0, "of everything random", int, low=0)
+    device: str = flag("cpu", "cpu, cuda, cuda:1, mps, ...")
+    compile: bool = flag(False, "compile the models with torch.compile", bool)
+    eval_every: int = flag(5, "rounds between evaluations on validation text", int, low=1)
+    out: str | None = flag(None, "folder of the run; default: a new one under out/")
+    overwrite: bool = flag(False, "start anew in a folder that holds a run", bool)
+
+    def __post_init__(self):
+        for name, flag in flags().items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            flag.check(value)
+            if flag.each_user and len(value) not in (1, self.users):
+                flag.refuse(value, f"{len(value)} numbers for {self.users} users", "give one, or one per user")
+            if flag.each_user and len(value) == 1:
+                setattr(self, name, value * self.users)
+        if self.n_embd % self.n_head:
+            raise BadInput(f"--n-embd {self.n_embd}: not divisible by --n-head {self.n_head}; change one of them")
+        if self.generalists + min(self.specialists) == 0:
+            raise BadInput("--generalists 0: a user with --specialists 0 has no expert; give either at least 1")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError):
+            raise BadInput(f"--device {self.device}: this machine has no such device; take cpu") from None
+
+
+def flags() -> dict[str, Flag]:
+    """Each field's name -> its flag."""
+    return {f.name: Flag("--" + f.name.replace("_", "-"), **f.metadata) for f in fields(Settings)}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise BadInput(f"{message}; see --help")
+
+
+def parse_settings(arguments: list[str] | None = None) -> Settings:
+    """The settings of a command line; None: of this process. Raises BadInput."""
+    parser = Parser(description="One run of one method.", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name, flag in flags().items():
+        if flag.kind is bool:
+            parser.add_argument(flag.name, action="store_true", help=flag.help)
+        else:
+            default = getattr(Settings, name)
+            text = ",".join(map(str, default)) if flag.each_user and default else default
+            parser.add_argument(flag.name, metavar="LIST" if flag.each_user else flag.kind.__name__.upper(),
+                                help=flag.help + (f" (default: {text})" if text is not None else ""))
+    given = vars(parser.parse_args(arguments))
+    return Settings(**{name: flag.parse(given[name]) for name, flag in flags().items() if name in given})

@@ -1,0 +1,233 @@
+"""One run of one method, from the command line to the table at its end.
+
+    python train.py --users 4 --specialists 1,2,4,8
+    python train.py --method fedavg --data FOLDER --users 3 --train-kb 20
+    python train.py --help
+
+A run's folder holds config.json (settings, versions), metrics.jsonl (a line per user and evaluation), checkpoint.pt
+(the newest state, for torch.load with weights_only=True) and, once it is through, result.json.
+"""
+
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy
+import tiktoken
+import torch
+from tqdm import tqdm
+
+import data
+from bilevel import Alternation, Level, constant, cosine, evaluate
+from data import BadInput, Text
+from federated import Server, User, federated_round
+from methods import METHODS
+from model import GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig
+from settings import Settings, parse_settings
+
+RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "result.json")
+
+
+# --- from settings to users ------------------------------------------------------------------------------------------
+
+def build_model(settings: Settings, specialists: int, owner: str) -> GPT:
+    """The model of one owner, with initial weights of its own."""
+    method = METHODS[settings.method]
+    config = GPTConfig(vocab_size=data.tokenizer(settings.tokenizer).n_vocab, block_size=settings.block_size,
+                       n_layer=settings.n_layer, n_head=settings.n_head, n_embd=settings.n_embd,
+                       generalists=settings.generalists, specialists=specialists, top_k=settings.top_k,
+                       routed=method.routed, roles=method.roles)
+    model = GPT(config, data.seeded(settings.seed, owner, "weights")).to(settings.device)
+    if settings.compile:
+        model.compile()
+    return model
+
+
+def build_user(settings: Settings, name: str, specialists: int, texts: list[Text]) -> User:
+    """A user with the text of one, or, for pooled methods, of all."""
+    def batches(split: str) -> data.RandomWindows:
+        return data.RandomWindows([getattr(text, split) for text in texts],
+                                  [data.seeded(settings.seed, text.name, split) for text in texts],
+                                  settings.batch_size, settings.block_size, settings.device)
+
+    model = build_model(settings, specialists, name)
+    lower = Level(model.having(GENERALIST, SPECIALIST), batches("train"), settings.lr, settings.weight_decay,
+                  cosine(settings.rounds * settings.local_steps, settings.warmup))
+    router = model.having(ROUTER)
+    upper = Level(router, batches("valid"), settings.router_lr, 0.0, constant) if router else None
+    weight = sum(len(text.train) for text in texts) if settings.average == "tokens" else 1
+    return User(name, model, lower, upper, weight)
+
+
+def build(settings: Settings, texts: list[Text]) -> tuple[Server, list[User]]:
+    """The server, and the users: one for each text, or a single one for all if the method pools them."""
+    largest = max(settings.specialists)
+    server = Server(build_model(settings, largest, "server").having(GENERALIST))
+    if METHODS[settings.method].pooled:
+        return server, [build_user(settings, "everyone", largest, texts)]
+    return server, [build_user(settings, text.name, specialists, [text])
+                    for text, specialists in zip(texts, settings.specialists, strict=True)]
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+def run(settings: Settings) -> dict:
+    """Do the whole run, write its folder, print its table. Returns what result.json holds. Raises BadInput."""
+    start = time.perf_counter()
+    texts = data.load(settings.data, settings.users, settings.train_kb, settings.target, settings.tokenizer,
+                      settings.block_size)
+    server, users = build(settings, texts)
+    learner = dict(zip((text.name for text in texts), users if len(users) == len(texts) else users * len(texts),
+                       strict=True))  # whose model a text is tested on
+    folder = open_folder(settings)
+    plan = Alternation(settings.local_steps, settings.router_every, settings.router_steps)
+
+    def measure(split: str) -> dict[str, tuple[float, list[float]]]:
+        """By text: the loss in nats, and the generalists' mean gate in each layer."""
+        for user in users:
+            server.deliver(user)
+        return {text.name: measure_user(learner[text.name], getattr(text, split), settings) for text in texts}
+
+    def log(round: int, train_losses: dict[str, float]) -> None:
+        lines = []
+        for name, (loss, share) in measure("valid").items():
+            user = learner[name]
+            lines.append(json.dumps({
+                "round": round, "user": name, "train_loss": train_losses.get(user.name), "valid_loss": loss,
+                "generalist_share": share, "bytes_up": user.bytes_up, "bytes_down": user.bytes_down}) + "\n")
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.writelines(lines)
+        write(folder / "checkpoint.pt", lambda path: torch.save(checkpoint(settings, round, server, users), path))
+
+    before = measure("test")
+    log(0, {})
+    with tqdm(total=settings.rounds * len(users), unit="user", dynamic_ncols=True) as bar:
+        for round in range(1, settings.rounds + 1):
+            train_losses = {}
+            for user, loss in federated_round(server, users, plan):
+                train_losses[user.name] = loss
+                bar.update()
+                bar.set_description(f"round {round}/{settings.rounds}, {user.name}, loss {loss:.2f}")
+            if round % settings.eval_every == 0 or round == settings.rounds:
+                log(round, train_losses)
+    result = summarize(settings, texts, learner, before, measure("test"), time.perf_counter() - start)
+    write_json(folder / "result.json", result)
+    print(table(result, folder))
+    return result
+
+
+def measure_user(user: User, tokens: torch.Tensor, settings: Settings) -> tuple[float, list[float]]:
+    """The user's loss on the whole of a text, in nats, and its generalists' mean gate in each layer."""
+    windows = data.ordered_windows(tokens, settings.batch_size, settings.block_size, settings.device)
+    loss, gates = evaluate(user.model, windows)  # gates: (L, E)
+    generalist = torch.tensor([role == GENERALIST for role in user.model.config.expert_roles], device=gates.device)
+    return loss, gates[:, generalist].sum(1).tolist()
+
+
+def summarize(settings: Settings, texts: list[Text], learner: dict[str, User], before: dict, after: dict,
+              seconds: float) -> dict:
+    """What result.json holds."""
+    rows = []
+    for text in texts:
+        user, (loss, share) = learner[text.name], after[text.name]
+        config = user.model.config
+        rows.append({
+            "name": text.name, "generalists": config.generalists, "specialists": config.specialists,
+            "train_bytes": text.train_bytes, "train_tokens": len(text.train),
+            "parameters": {role: sum(p.numel() for p in user.model.having(role).values()) for role in ROLES},
+            "test_ppl_start": math.exp(before[text.name][0]), "test_ppl": math.exp(loss),
+            "test_bpb": loss * (len(text.test) - 1) / math.log(2) / text.test_bytes,
+            "trigram_ppl": math.exp(data.trigram_loss(text.train, text.test, config.vocab_size)),
+            "generalist_share": share})
+    users = set(learner.values())
+    return {
+        "method": settings.method, "seed": settings.seed, "seconds": round(seconds, 1), "rounds": settings.rounds,
+        "tokens_seen": sum(level.steps * level.batches.tokens_per_batch
+                           for user in users for level in (user.lower, user.upper) if level),
+        "bytes_up": sum(user.bytes_up for user in users), "bytes_down": sum(user.bytes_down for user in users),
+        "mean_test_ppl": sum(row["test_ppl"] for row in rows) / len(rows),
+        "mean_test_bpb": sum(row["test_bpb"] for row in rows) / len(rows), "users": rows}
+
+
+def table(result: dict, folder: Path) -> str:
+    """The result as a person reads it."""
+    lines = [f"{'user':<14}{'experts':>9}{'parameters':>12}{'train kB':>10}{'test perplexity':>20}{'trigram':>9}"
+             f"{'bits/byte':>11}{'to generalists':>16}"]
+    for user in result["users"]:
+        share = sum(user["generalist_share"]) / len(user["generalist_share"])
+        lines.append(
+            f"{user['name']:<14}{user['generalists']:>5}G {user['specialists']}S{sum(user['parameters'].values()):>12,}"
+            f"{user['train_bytes'] / 1000:>10.0f}{user['test_ppl_start']:>10.1f} → {user['test_ppl']:<7.2f}"
+            f"{user['trigram_ppl']:>9.2f}{user['test_bpb']:>11.3f}{share:>15.0%}")
+    lines.append(f"{'mean':<45}{'':>13}{result['mean_test_ppl']:<7.2f}{'':>9}{result['mean_test_bpb']:>11.3f}")
+    lines.append(f"{result['method']}, seed {result['seed']}: {result['rounds']} rounds in {result['seconds']:.0f} s; "
+                 f"users sent {result['bytes_up'] / 1e6:.1f} MB and received {result['bytes_down'] / 1e6:.1f} MB; "
+                 f"all of it is in {folder}")
+    return "\n".join(lines)
+
+
+# --- the run's folder ------------------------------------------------------------------------------------------------
+
+def open_folder(settings: Settings) -> Path:
+    """Make the run's folder, or empty it of an old run if that is wanted, and write config.json. Raises BadInput."""
+    if settings.out is None:
+        sizes = ",".join(map(str, sorted(set(settings.specialists)))) if len(set(settings.specialists)) > 1 else (
+            settings.specialists[0])
+        name = f"{settings.method}-{Path(settings.data).name}-{settings.users}users-{sizes}S-seed{settings.seed}"
+        folder, number = Path("out") / name, 1
+        while folder.exists():
+            folder, number = Path("out") / f"{name}-{number + 1}", number + 1
+    else:
+        folder = Path(settings.out)
+    old = [folder / name for name in RUN_FILES if (folder / name).exists()]
+    if old and not settings.overwrite:
+        raise BadInput(f"--out {folder}: holds a run; take another folder, or --overwrite to start anew in it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {folder}: {error.strerror.lower()}; take another folder") from None
+    for path in old:
+        path.unlink()
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
+                "tiktoken": tiktoken.__version__}
+    write_json(folder / "config.json", {"settings": asdict(settings), "versions": versions,
+                                        "threads": torch.get_num_threads()})
+    return folder
+
+
+def checkpoint(settings: Settings, round: int, server: Server, users: list[User]) -> dict:
+    """All of a run's state: what users have in common once, and of each user what is its own."""
+    return {"settings": asdict(settings), "round": round, "generalists": server.generalists, "users": [{
+        "name": user.name, "config": asdict(user.model.config), "bytes_up": user.bytes_up,
+        "bytes_down": user.bytes_down, "own": user.model.having(SPECIALIST, ROUTER),
+        "lower": user.lower.state(), "upper": user.upper and user.upper.state()} for user in users]}
+
+
+def write(path: Path, save: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    save(temporary)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        run(parse_settings(arguments))
+    except BadInput as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
