@@ -246,6 +246,9 @@ class RandomWindows:
         self.texts, self.generators, self.B, self.T, self.device = texts, generators, B, T, device
         self.tokens_per_batch = len(texts) * B * T
 
+    def __iter__(self):
+        return self
+
     def __next__(self) -> Batch:
         windows = torch.cat([self.draw(*pair) for pair in zip(self.texts, self.generators, strict=True)])
         windows = windows.to(self.device)  # (texts·B, T + 1)
@@ -260,7 +263,7 @@ class RandomWindows:
         return [generator.get_state() for generator in self.generators]
 
 
-def ordered_windows(tokens: Tensor, batch_size: int, block_size: int, device: str) -> Iterator[Batch]:
+def ordered_windows(tokens: Tensor, batch_size: int, block_size: int, device: str = "cpu") -> Iterator[Batch]:
     """A whole text once, in order, in windows that don't overlap; the last one may be shorter.
 
     Every token but the first is a target exactly once.

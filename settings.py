@@ -39,7 +39,7 @@ class Flag:
         for one in value if self.each_user else [value]:
             unknown = self.choices and one not in self.choices
             infinite = self.kind is float and not math.isfinite(one)
-            small = self.low is not None and one < self.low or self.above is not None and one <= self.above
+            small = (self.low is not None and one < self.low) or (self.above is not None and one <= self.above)
             if unknown or infinite or small:
                 self.refuse(value)
 

@@ -124,7 +124,8 @@ def run(settings: Settings) -> dict:
 
 def measure_user(user: User, tokens: torch.Tensor, settings: Settings) -> tuple[float, list[float]]:
     """The user's loss on the whole of a text, in nats, and its generalists' mean gate in each layer."""
-    windows = data.ordered_windows(tokens, settings.batch_size, settings.block_size, settings.device)
+    T = settings.block_size
+    windows = data.ordered_windows(tokens, max(1, 4096 // T), T, settings.device)
     loss, gates = evaluate(user.model, windows)  # gates: (L, E)
     generalist = torch.tensor([role == GENERALIST for role in user.model.config.expert_roles], device=gates.device)
     return loss, gates[:, generalist].sum(1).tolist()

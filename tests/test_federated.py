@@ -1,0 +1,168 @@
+"""The federation: what is averaged, what crosses, and one round worked out by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from bilevel import Alternation, Level, constant
+from federated import Server, User, average, federated_round, size_of
+from model import GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig
+
+
+class Batches:
+    """Random batches of a text of its own."""
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __next__(self):
+        return torch.randint(11, (2, 2, 4), generator=self.generator).unbind()
+
+
+def gpt_user(name: str, specialists: int, seed: int, roles: dict | None = None) -> User:
+    model = GPT(GPTConfig(11, 4, 2, 2, 8, specialists=specialists, roles=roles or {}),
+                torch.Generator().manual_seed(seed))
+    router = model.having(ROUTER)
+    return User(name, model, Level(model.having(GENERALIST, SPECIALIST), Batches(seed), 1e-2, 0.1, constant),
+                Level(router, Batches(seed + 100), 1e-2, 0.0, constant) if router else None)
+
+
+def federation(specialists=(0, 1, 3), roles=None) -> tuple[Server, list[User]]:
+    users = [gpt_user(f"user{i}", s, i, roles) for i, s in enumerate(specialists)]
+    return Server(gpt_user("server", max(specialists), 99, roles).model.having(GENERALIST)), users
+
+
+def test_average_worked_by_hand():
+    one, two = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([5.0])}, {"a": torch.tensor([3.0, 6.0])}
+    even = average([one, two], [1, 1])
+    assert even["a"].tolist() == [2, 4]
+    assert even["b"].tolist() == [5]  # over the one user who has it
+    assert average([one, two], [3, 1])["a"].tolist() == [1.5, 3]  # (3·1 + 1·3) / 4, (3·2 + 1·6) / 4
+
+
+class Line(nn.Module):
+    """Three numbers: y = generalist + specialist + router, loss (y − target)². A batch is its own target."""
+
+    def __init__(self, generalist: float, specialist: float, router: float):
+        super().__init__()
+        self.numbers = nn.ParameterDict({GENERALIST: torch.tensor([generalist]),
+                                         SPECIALIST: torch.tensor([specialist]), ROUTER: torch.tensor([router])})
+
+    def having(self, *roles):
+        return {role: parameter for role, parameter in self.numbers.items() if role in roles}
+
+    def forward(self, _, target):
+        return None, (sum(p for p in self.numbers.values()) - target).square().sum()
+
+
+class Target:
+    def __init__(self, value: float):
+        self.value = value
+
+    def __next__(self):
+        return None, torch.tensor(self.value)
+
+
+def test_a_round_worked_by_hand():
+    """AdamW's first step is its learning rate, against the sign of the gradient: 0.1 for experts, 0.01 for routers.
+
+    The server holds 1. User a: y = 1 + 0 + 0 is below its training target 5, so generalist and specialist rise by 0.1;
+    then y = 1.2 is above its validation target −5, so the router falls by 0.01. User b: y = 1 + 2 + 0 is above −5 and
+    then below 5. Weights 3 and 1: (3 · 1.1 + 1 · 0.9) / 4 = 1.05.
+    """
+    users = []
+    for name, specialist, train, valid, weight in (("a", 0.0, 5.0, -5.0, 3), ("b", 2.0, -5.0, 5.0, 1)):
+        model = Line(generalist=77.0, specialist=specialist, router=0.0)
+        users.append(User(name, model, Level(model.having(GENERALIST, SPECIALIST), Target(train), 0.1, 0.0, constant),
+                          Level(model.having(ROUTER), Target(valid), 0.01, 0.0, constant), weight))
+    server = Server({GENERALIST: torch.tensor([1.0])})
+    losses = {user.name: loss for user, loss in federated_round(server, users, Alternation(1, 1, 1))}
+    assert losses == {"a": 16.0, "b": 64.0}
+    for user, expected in zip(users, ((1.1, 0.1, -0.01), (0.9, 1.9, 0.01)), strict=True):
+        numbers = [user.model.numbers[role].item() for role in (GENERALIST, SPECIALIST, ROUTER)]
+        assert numbers == pytest.approx(expected, abs=1e-6)
+    assert server.generalists[GENERALIST].item() == pytest.approx(1.05, abs=1e-6)
+    assert [user.bytes_up for user in users] == [4, 4]
+
+
+def test_only_generalists_cross_between_user_and_server(monkeypatch):
+    """All that goes through a user's two doors, over several rounds: names, roles, sizes, and tensors of their own."""
+    server, users = federation()
+    crossed = []
+    receive, answer = User.receive, User.answer
+
+    def watched_receive(user, message):
+        crossed.append(("down", user, message))
+        return receive(user, message)
+
+    def watched_answer(user):
+        message = answer(user)
+        crossed.append(("up", user, message))
+        return message
+
+    monkeypatch.setattr(User, "receive", watched_receive)
+    monkeypatch.setattr(User, "answer", watched_answer)
+    for _ in range(3):
+        list(federated_round(server, users, Alternation(2, 2, 1)))
+    assert [(way, user.name) for way, user, _ in crossed] == [
+        (way, f"user{i}") for _ in range(3) for i in range(3) for way in ("down", "up")]
+    for _, user, message in crossed:
+        assert all(type(tensor) is torch.Tensor for tensor in message.values())
+        assert {user.model.roles[name] for name in message} == {GENERALIST}
+        private = {p.data_ptr() for p in user.model.parameters()}
+        assert not private & {tensor.data_ptr() for tensor in message.values()}
+        assert not any(tensor.requires_grad or tensor.grad is not None for tensor in message.values())
+    assert vars(server).keys() == {"generalists", "version"}  # and nothing else stays with the server
+
+
+def test_specialists_and_routers_keep_their_bits_through_averaging_and_delivery():
+    server, users = federation()
+    for user in users:
+        user.learn(Alternation(2, 2, 1))
+    own = [{name: p.clone() for name, p in user.model.having(SPECIALIST, ROUTER).items()} for user in users]
+    server.generalists = average([user.answer() for user in users], [1, 1, 1])
+    for user, before in zip(users, own, strict=True):
+        server.deliver(user)
+        assert all(torch.equal(user.model.having(SPECIALIST, ROUTER)[name], before[name]) for name in before)
+        assert all(torch.equal(p, server.generalists[name]) for name, p in user.model.having(GENERALIST).items())
+
+
+def test_users_start_a_round_from_the_same_generalists_and_their_own_specialists():
+    server, users = federation(specialists=(1, 1))
+    for user in users:
+        server.deliver(user)
+    one, two = (user.model for user in users)
+    assert all(torch.equal(p, two.having(GENERALIST)[name]) for name, p in one.having(GENERALIST).items())
+    assert not any(torch.equal(p, two.having(SPECIALIST)[name])
+                   for name, p in one.having(SPECIALIST).items() if p.ndim == 2)
+
+
+def test_bytes_are_those_of_the_tensors_sent_and_nothing_is_sent_twice():
+    server, users = federation()
+    for _ in range(2):
+        list(federated_round(server, users, Alternation(1, 5, 1)))
+    for user in users:
+        server.deliver(user)
+        server.deliver(user)  # holds it already
+        size = sum(4 * p.numel() for p in user.model.having(GENERALIST).values())
+        assert size_of(user.answer()) == size
+        assert user.bytes_up == (2 + 1) * size  # two rounds and the answer above
+        assert user.bytes_down == 3 * size  # the start and two averages
+
+
+def test_where_every_role_is_generalist_all_users_end_the_same():
+    """FedAvg: after a round, users hold the same model, as far as they have the same experts."""
+    server, users = federation((1, 1), roles={SPECIALIST: GENERALIST, ROUTER: GENERALIST})
+    list(federated_round(server, users, Alternation(2, 1, 1)))
+    for user in users:
+        server.deliver(user)
+    one, two = (dict(user.model.named_parameters()) for user in users)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_where_nothing_is_generalist_nothing_crosses():
+    server, users = federation((1, 1), roles={GENERALIST: SPECIALIST})
+    list(federated_round(server, users, Alternation(2, 1, 1)))
+    assert server.generalists == {}
+    assert [(user.bytes_up, user.bytes_down) for user in users] == [(0, 0)] * 2
+    assert set(ROLES) - {users[0].model.roles[name] for name in users[0].model.roles} == {"backbone", GENERALIST}

@@ -1,0 +1,191 @@
+"""The command line: the real command at a tiny size, what it writes, and what it refuses."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+
+import train
+from data import RandomWindows
+from settings import parse_settings
+from test_data import words
+
+TINY = ("--users 3 --specialists 0,1,3 --n-layer 1 --n-head 2 --n-embd 8 --block-size 8 --batch-size 2 --rounds 3 "
+        "--local-steps 2 --router-every 2 --router-steps 1 --warmup 1 --eval-every 2").split()
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Three users, of whom one has twice as much text."""
+    for i, name in enumerate(("anna", "bert", "cleo")):
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / "text" / f"{name}.txt").write_text(words(i, 3000 * (1 + i // 2)))
+    return str(tmp_path / "text")
+
+
+def run(corpus, out, *more) -> dict:
+    assert train.main([*TINY, "--data", corpus, "--out", str(out), *more]) == 0
+    return json.loads((out / "result.json").read_text())
+
+
+def state(path) -> dict:
+    return torch.load(path / "checkpoint.pt", weights_only=True)
+
+
+def same(one, two) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    return one == two
+
+
+def test_a_run_writes_what_it_promises(corpus, tmp_path, capsys):
+    result = run(corpus, tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == set(train.RUN_FILES)
+    assert (result["method"], result["seed"], result["rounds"]) == ("comigs", 0, 3)
+    assert result["tokens_seen"] == 3 * (6 + 3) * 2 * 8  # users × (expert + router steps) × windows × tokens
+    assert result["mean_test_ppl"] == pytest.approx(sum(user["test_ppl"] for user in result["users"]) / 3)
+    assert [(user["name"], user["specialists"]) for user in result["users"]] == [("anna", 0), ("bert", 1), ("cleo", 3)]
+    generalist = [user["parameters"]["generalist"] for user in result["users"]]
+    assert len(set(generalist)) == 1
+    assert result["bytes_up"] == 3 * 3 * 4 * generalist[0]
+    assert result["bytes_down"] == 4 * 3 * 4 * generalist[0]  # the last average, too
+    for user in result["users"]:
+        expert = 2 * 8 * 32 + 32 + 8
+        assert user["parameters"]["specialist"] == user["specialists"] * expert
+        assert user["parameters"]["router"] == 8 * (1 + user["specialists"])
+        assert user["parameters"]["backbone"] == 0
+        assert user["test_ppl"] < user["test_ppl_start"] == pytest.approx(257, rel=0.1)
+        assert user["trigram_ppl"] > 1
+        assert 0 < user["generalist_share"][0] <= 1
+        bytes_per_token = 1  # but for the END that comes first, which is no target
+        assert user["test_bpb"] == pytest.approx(math.log2(user["test_ppl"]) / bytes_per_token, rel=1e-3)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["round"], line["user"]) for line in lines] == [
+        (round, name) for round in (0, 2, 3) for name in ("anna", "bert", "cleo")]
+    assert lines[-1]["bytes_up"] == 3 * 4 * generalist[0]
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("anna", "bert", "cleo", "mean", str(tmp_path / "run")))
+    assert re.search(r"\d → \d", printed)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(corpus, tmp_path):
+    runs = [run(corpus, tmp_path / name, "--seed", seed) for name, seed in (("a", "0"), ("b", "0"), ("c", "1"))]
+    one, two, other = (state(tmp_path / name) for name in "abc")
+    one["settings"]["out"] = two["settings"]["out"]
+    assert same(one, two)
+    assert not same(one["generalists"], other["generalists"])
+    assert runs[0]["users"] == runs[1]["users"]
+
+
+def test_one_more_user_doesnt_change_another_ones_batches(corpus, tmp_path, monkeypatch):
+    batches = {"few": [], "many": []}
+    draw = RandomWindows.draw
+    for name, users in (("few", "2"), ("many", "3")):
+        def watched(stream, tokens, generator, seen=batches[name]):
+            windows = draw(stream, tokens, generator)
+            seen.append(windows)
+            return windows
+        monkeypatch.setattr(RandomWindows, "draw", watched)
+        run(corpus, tmp_path / name, "--users", users, "--specialists", "1", "--rounds", "1")
+    assert len(batches["few"]) == 2 * 3
+    assert all(map(torch.equal, batches["few"], batches["many"]))
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_every_method_runs_with_the_parameters_and_the_batches_of_the_others(method, corpus, tmp_path):
+    result = run(corpus, tmp_path / "run", "--method", method, "--specialists", "1")
+    for user in result["users"]:
+        roles = user["parameters"]
+        embeddings, attention, norms, expert = (257 + 8) * 8, 4 * 8 * 8 + 4 * 8, 3 * 2 * 8, 2 * 8 * 32 + 32 + 8
+        assert sum(roles.values()) - roles["router"] == embeddings + attention + norms + 2 * expert
+        assert (roles["router"] > 0) == (method == "comigs")
+    expert_tokens = 3 * 6 * 2 * 8
+    assert result["tokens_seen"] == expert_tokens + (3 * 3 * 2 * 8 if method == "comigs" else 0)
+    assert (result["bytes_up"] == 0) == (method in ("local", "centralized"))
+
+
+def test_a_checkpoint_holds_each_users_own_and_the_generalists_once(corpus, tmp_path):
+    run(corpus, tmp_path / "run")
+    saved = state(tmp_path / "run")
+    assert saved["round"] == 3
+    for user, specialists in zip(saved["users"], (0, 1, 3), strict=True):
+        assert len(user["own"]) == 4 * specialists + 1
+        assert not user["own"].keys() & saved["generalists"].keys()
+
+
+def test_gpt2_tokens_and_a_mixed_target_run_too(corpus, tmp_path, monkeypatch):
+    """With a table made here in the place of tiktoken's, of tokens up to two bytes long."""
+    pairs = [bytes([a, b]) for a in b"0123456789" for b in b"0123456789"]
+    ranks = {token: i for i, token in enumerate([bytes([b]) for b in range(256)] + pairs)}
+    made = train.tiktoken.Encoding("gpt2", pat_str=r"\d+|\s+|[^\s\d]+", mergeable_ranks=ranks,
+                                   special_tokens={"<|endoftext|>": len(ranks)})
+    monkeypatch.setattr(train.tiktoken, "get_encoding", {"gpt2": made}.get)
+    result = run(corpus, tmp_path / "run", "--tokenizer", "gpt2", "--target", "mixed", "--average", "tokens")
+    for user in result["users"]:
+        assert user["train_tokens"] < 0.8 * user["train_bytes"]
+        assert math.log2(user["test_ppl"]) * 0.4 < user["test_bpb"] < math.log2(user["test_ppl"]) * 0.7
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_kept_unless_told(corpus, tmp_path, capsys):
+    run(corpus, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    again = [*TINY, "--data", corpus, "--out", str(tmp_path / "run")]
+    assert train.main(again) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert train.main([*again, "--overwrite", "--lr", "nan"]) == 2
+    assert train.main([*again, "--overwrite", "--train-kb", "99"]) == 2
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert train.main([*again, "--overwrite", "--seed", "1"]) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["seed"] == 1
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 9
+
+
+def test_without_out_every_run_gets_a_new_folder(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert train.main([*TINY, "--data", corpus, "--rounds", "1"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "comigs-text-3users-0,1,3S-seed0", "comigs-text-3users-0,1,3S-seed0-2"]
+
+
+@pytest.mark.parametrize("wrong", [
+    "--users 0", "--users -1", "--users two", "--users 1.5", "--users", "--specialists -1", "--specialists 1,2",
+    "--specialists 1,,2", "--specialists x", "--generalists -1", "--generalists 0 --specialists 0", "--top-k 0",
+    "--method nonsense", "--data nowhere", "--users 9 --specialists 1", "--target theirs", "--train-kb 0", "--train-kb 1,2",
+    "--train-kb nan", "--train-kb 1000", "--tokenizer words", "--average median", "--rounds 0", "--local-steps 0",
+    "--router-every 0", "--router-steps -1", "--batch-size 0", "--block-size 0", "--block-size 4000", "--lr 0",
+    "--lr -1", "--lr nan", "--lr inf", "--lr fast", "--router-lr nan", "--warmup -1", "--weight-decay -0.1",
+    "--weight-decay nan", "--n-layer 0", "--n-head 3", "--n-head 0", "--n-embd 0", "--n-embd 9", "--seed x",
+    "--seed -1", "--device nonsense", "--device cuda:99", "--eval-every 0", "--nonsense 1", "more", "--user 2",
+])
+def test_bad_input_is_one_line_with_flag_and_remedy_and_status_2(wrong, corpus, tmp_path, capsys):
+    flags = [*TINY, "--data", corpus, "--out", str(tmp_path / "run"), *wrong.split()]
+    assert train.main(flags) == 2
+    printed = capsys.readouterr()
+    line, = printed.err.splitlines()
+    assert wrong.split()[0] in line
+    assert ";" in line
+    assert printed.out == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_is_a_file_is_one_line_too(corpus, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for out in ("file", "file/below"):
+        assert train.main([*TINY, "--data", corpus, "--out", str(tmp_path / out)]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_help_shows_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        parse_settings(["--help"])
+    printed = capsys.readouterr().out
+    assert "--specialists LIST" in printed
+    assert "(default: comigs)" in printed
