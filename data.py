@@ -204,14 +204,16 @@ def load(where: str, users: int, train_kb: list[float] | None = None, target: st
     Raises BadInput, also where a split doesn't fill one window of block_size + 1 tokens.
     """
     encoding = tokenizer(tokens)
-    default = BUILTIN_TRAIN_KB if where in BUILTIN else EVERYTHING // 1000
-    wanted = [int(1000 * kb) for kb in train_kb or [default] * users]
+    if train_kb is None and where not in BUILTIN:
+        wanted = [EVERYTHING] * users
+    else:
+        wanted = [int(1000 * kb) for kb in train_kb or [BUILTIN_TRAIN_KB] * users]
     named = list((builtin_users if where in BUILTIN else folder_users)(where, wanted))
     for (name, documents), size in zip(named, wanted, strict=True):
         got = bytes_of(documents[TRAIN])
-        if got < size - 3 and size < EVERYTHING // 1000 * 1000:  # a cut character is up to 3 bytes short
+        if got < size - 3 and size != EVERYTHING:  # a character that would be cut is up to 3 bytes
             raise BadInput(f"--train-kb {size / 1000:g}: user {name} has only {got / 1000:.0f} kB of training text; "
-                            "give less, or fewer --users")
+                           "give less, or fewer --users")
     mixed = mix([documents for _, documents in named]) if target == "mixed" else {}
     texts = []
     for name, own in named:

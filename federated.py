@@ -86,5 +86,5 @@ def federated_round(server: Server, users: list[User], plan: Alternation) -> Ite
         loss = user.learn(plan)  # 2. both levels, on the device
         answers.append(user.answer())  # 3. only θ_i^G leaves it
         yield user, loss
-    server.generalists = average(answers, [user.weight for user in users])  # 4. θ^G ← mean of θ_i^G
+    server.generalists |= average(answers, [user.weight for user in users])  # 4. θ^G ← mean of θ_i^G
     server.version += 1

@@ -8,6 +8,7 @@ A run's folder holds config.json (settings, versions), metrics.jsonl (a line per
 (the newest state, for torch.load with weights_only=True) and, once it is through, result.json.
 """
 
+import itertools
 import json
 import math
 import os
@@ -177,15 +178,8 @@ def table(result: dict, folder: Path) -> str:
 
 def open_folder(settings: Settings) -> Path:
     """Make the run's folder, or empty it of an old run if that is wanted, and write config.json. Raises BadInput."""
-    if settings.out is None:
-        sizes = ",".join(map(str, sorted(set(settings.specialists)))) if len(set(settings.specialists)) > 1 else (
-            settings.specialists[0])
-        name = f"{settings.method}-{Path(settings.data).name}-{settings.users}users-{sizes}S-seed{settings.seed}"
-        folder, number = Path("out") / name, 1
-        while folder.exists():
-            folder, number = Path("out") / f"{name}-{number + 1}", number + 1
-    else:
-        folder = Path(settings.out)
+    folder = Path(settings.out or free_name(
+        f"out/{settings.method}-{Path(settings.data).name}-{settings.users}users-seed{settings.seed}"))
     old = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if old and not settings.overwrite:
         raise BadInput(f"--out {folder}: holds a run; take another folder, or --overwrite to start anew in it")
@@ -200,6 +194,12 @@ def open_folder(settings: Settings) -> Path:
     write_json(folder / "config.json", {"settings": asdict(settings), "versions": versions,
                                         "threads": torch.get_num_threads()})
     return folder
+
+
+def free_name(name: str) -> str:
+    """The name, or with -2, -3, ... behind it, of a folder that isn't there yet."""
+    names = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
+    return next(name for name in names if not os.path.exists(name))
 
 
 def checkpoint(settings: Settings, round: int, server: Server, users: list[User]) -> dict:

@@ -1,0 +1,71 @@
+"""Several methods and seeds side by side: the tables of the README.
+
+    python compare.py --methods comigs,local,fedavg,centralized --seeds 3 [flags of train.py]
+
+A run that is already in the folder, with the same settings, isn't run again.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from data import BadInput
+from settings import Settings, parse_settings
+from train import run
+
+
+def result_of(settings: Settings) -> dict:
+    """The result of a run, from its folder if it was run before."""
+    folder = Path(settings.out)
+    wanted = json.loads(json.dumps(asdict(settings)))
+    if (folder / "result.json").exists() and json.loads((folder / "config.json").read_text())["settings"] == wanted:
+        return json.loads((folder / "result.json").read_text())
+    return run(settings)
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    """mean_and_deviation([1.0, 2.0, 3.0]) -> "2.00 ± 1.00"."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
+
+
+def table(results: dict[str, list[dict]]) -> str:
+    """Markdown: test perplexity of each method, mean ± standard deviation over seeds, by user and over users."""
+    users = [user["name"] for user in next(iter(results.values()))[0]["users"]]
+    rows = [["method", *users, "mean", "bits/byte", "MB sent", "seconds"]]
+    for method, runs in results.items():
+        by_user = [[result["users"][i]["test_ppl"] for result in runs] for i in range(len(users))]
+        rows.append([method, *map(mean_and_deviation, by_user),
+                     mean_and_deviation([result["mean_test_ppl"] for result in runs]),
+                     f"{statistics.mean(result['mean_test_bpb'] for result in runs):.3f}",
+                     f"{runs[0]['bytes_up'] / 1e6:.0f}",
+                     f"{statistics.mean(result['seconds'] for result in runs):.0f}"])
+    trigrams = [user["trigram_ppl"] for user in next(iter(results.values()))[0]["users"]]
+    rows.append(["trigram", *(f"{ppl:.2f}" for ppl in trigrams), f"{statistics.mean(trigrams):.2f}", "", "", ""])
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--methods", default="comigs,local,fedavg,centralized", help="rows of methods.py")
+    parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, ...")
+    parser.add_argument("--out", default="out/compare", help="folder of the runs")
+    ours, theirs = parser.parse_known_args()
+    try:
+        results = {method: [result_of(parse_settings([*theirs, "--method", method, "--seed", str(seed), "--overwrite",
+                                                      "--out", f"{ours.out}/{method}-seed{seed}"]))
+                            for seed in range(ours.seeds)] for method in ours.methods.split(",")}
+    except BadInput as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        return 2
+    (Path(ours.out) / "table.md").write_text(table(results) + "\n")
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
