@@ -37,7 +37,7 @@ def pairs(device: str, *works: Callable[[], object]) -> list[list[float]]:
 
     for work in works * 3:
         work()
-    return [[seconds(work) for work in works] for _ in tqdm(range(REPEATS), leave=False)]
+    return [[seconds(work) for work in works] for _ in tqdm(range(REPEATS), leave=False, disable=None)]
 
 
 def quartiles(values: list[float]) -> str:

@@ -80,10 +80,13 @@ class Expert(nn.Module):
 
 
 class Routing(NamedTuple):
-    """What a layer's router decided: for each token the k experts it goes to, and their weights, which sum to 1."""
+    """What a layer's router decided: for each token the k experts it goes to, and their weights, which sum to 1.
+
+    Where k = E, the experts stand in their own order, generalists first.
+    """
 
     gates: Tensor  # (N, k)
-    chosen: Tensor  # (N, k), numbers of experts, generalists first
+    chosen: Tensor  # (N, k), numbers of experts
 
 
 class Router(nn.Module):
@@ -93,13 +96,16 @@ class Router(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        E = config.generalists + config.specialists
+        E = len(config.expert_roles)
         self.top_k = min(config.top_k, E)
         self.scores = nn.Linear(config.n_embd, E, bias=False)
 
     def forward(self, x: Tensor) -> Routing:
-        scores, chosen = self.scores(x).topk(self.top_k)  # (N, E) -> (N, k)
-        return Routing(scores.softmax(-1), chosen)  # softmax over the chosen only
+        scores = self.scores(x)  # (N, E)
+        if self.top_k == scores.shape[1]:
+            return Routing(scores.softmax(-1), everyone(scores))
+        scores, chosen = scores.topk(self.top_k)  # (N, k) each
+        return Routing(scores.softmax(-1), chosen)  # a softmax over the chosen only
 
 
 class Uniform(nn.Module):
@@ -107,11 +113,16 @@ class Uniform(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.experts = config.generalists + config.specialists
+        self.experts = len(config.expert_roles)
 
     def forward(self, x: Tensor) -> Routing:
-        chosen = torch.arange(self.experts, device=x.device).expand(len(x), -1)  # (N, E)
-        return Routing(torch.full_like(chosen, 1 / self.experts, dtype=x.dtype), chosen)
+        gates = x.new_full((len(x), self.experts), 1 / self.experts)  # (N, E)
+        return Routing(gates, everyone(gates))
+
+
+def everyone(gates: Tensor) -> Tensor:
+    """All experts, in order, for every token: (N, E)."""
+    return torch.arange(gates.shape[1], device=gates.device).expand_as(gates)
 
 
 class MLPExperts(nn.ModuleList):
@@ -123,8 +134,7 @@ class MLPExperts(nn.ModuleList):
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         E, k = len(self), routing.chosen.shape[1]
         if k == E:  # everyone works for every token: nothing to dispatch
-            gates = dense_gates(routing, E)  # (N, E)
-            return sum(gates[:, e, None] * expert(x) for e, expert in enumerate(self))
+            return sum(gate[:, None] * expert(x) for gate, expert in zip(routing.gates.unbind(1), self, strict=True))
         order = routing.chosen.flatten().argsort(stable=True)  # (N·k,) token-expert pairs, expert by expert
         counts = routing.chosen.flatten().bincount(minlength=E).tolist()  # pairs of each expert; may be 0
         token = order // k  # (N·k,) the token of each pair
