@@ -80,7 +80,7 @@ class Settings:
     tokenizer: str = flag("bytes", "what a token is", choices=("bytes", "gpt2"))
     average: str = flag("uniform", "a user's weight in the average: the same, or its number of training tokens",
                         choices=("uniform", "tokens"))
-    rounds: int = flag(80, "communication rounds", int, low=1)
+    rounds: int = flag(64, "communication rounds", int, low=1)
     local_steps: int = flag(10, "expert steps of a user in a round", int, low=1)
     router_every: int = flag(30, "expert steps between two visits to the router", int, low=1)
     router_steps: int = flag(5, "router steps in such a visit", int, low=0)
@@ -96,7 +96,7 @@ class Settings:
     seed: int = flag(0, "of everything random", int, low=0)
     device: str = flag("cpu", "cpu, cuda, cuda:1, mps, ...")
     compile: bool = flag(False, "compile the models with torch.compile", bool)
-    eval_every: int = flag(10, "rounds between evaluations on validation text", int, low=1)
+    eval_every: int = flag(16, "rounds between evaluations on validation text", int, low=1)
     out: str | None = flag(None, "folder of the run; default: a new one under out/")
     overwrite: bool = flag(False, "start anew in a folder that holds a run", bool)
 
