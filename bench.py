@@ -13,6 +13,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -111,14 +112,16 @@ def main() -> None:
     torch.manual_seed(0)
     default = Settings()
     B, T = default.batch_size, default.block_size
-    config = GPTConfig(257, T, default.n_layer, default.n_head, default.n_embd)
+    config = GPTConfig(257, T, default.n_layer, default.n_head, default.n_embd, default.generalists,
+                       default.specialists[0], default.top_k)
     batch = torch.randint(257, (2, B, T), device=device).unbind()
 
     model = GPT(config).to(device)
     level = Level(model.having(GENERALIST, SPECIALIST), itertools.repeat(batch), 1e-3, 0.1, constant)
     a, b = torch.randn(2, 1024, 1024, device=device)
     dense = DenseGPT(257, T, config.n_layer, config.n_head, config.n_embd, config.top_k).to(device)
-    optimizer = torch.optim.AdamW(dense.parameters(), 1e-3, (0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(dense.parameters(), 1e-3, (0.9, 0.95), weight_decay=0.1,
+                                  fused=device.startswith("cuda"))  # as in nanoGPT
     times = pairs(device, lambda: level.step(model), lambda: [a @ b for _ in range(10)],
                   lambda: dense_step(dense, optimizer, batch))
     rates = [step_operations(config, B, T) / step / (10 * 2 * 1024 ** 3 / matmul) for step, matmul, _ in times]
@@ -129,7 +132,7 @@ def main() -> None:
     print(f"training step, share of the matmul rate:   {quartiles(rates)}")
     print(f"training step / plain dense step:          {quartiles([step / plain for step, _, plain in times])}")
 
-    moe = MoE(GPTConfig(257, T, 1, 1, config.n_embd, generalists=1, specialists=8, top_k=2)).to(device)
+    moe = MoE(replace(config, specialists=8)).to(device)
     block = DenseBlock(config.n_embd, 2).to(device)
     for tokens in (1024, 4096):
         x = torch.randn(tokens // T, T, config.n_embd, device=device, requires_grad=True)

@@ -5,7 +5,6 @@
 A run that is already in the folder, with the same settings, isn't run again.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -13,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data import BadInput
-from settings import Settings, parse_settings
+from settings import Parser, Settings, parse_settings
 from train import run
 
 
@@ -50,15 +49,17 @@ def table(results: dict[str, list[dict]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--methods", default="comigs,local,fedavg,centralized", help="rows of methods.py")
-    parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, ...")
+    parser.add_argument("--seeds", default="3", help="how many: 0, 1, ...")
     parser.add_argument("--out", default="out/compare", help="folder of the runs")
-    ours, theirs = parser.parse_known_args()
     try:
-        results = {method: [result_of(parse_settings([*theirs, "--method", method, "--seed", str(seed), "--overwrite",
+        ours, theirs = parser.parse_known_args()
+        if not ours.seeds.isdigit() or int(ours.seeds) < 1:
+            raise BadInput(f"--seeds {ours.seeds}: not possible; give a whole number of at least 1")
+        results = {method: [result_of(parse_settings([*theirs, "--method", method, "--seed", str(seed),
                                                       "--out", f"{ours.out}/{method}-seed{seed}"]))
-                            for seed in range(ours.seeds)] for method in ours.methods.split(",")}
+                            for seed in range(int(ours.seeds))] for method in ours.methods.split(",")}
     except BadInput as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2

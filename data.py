@@ -37,11 +37,17 @@ def shuffled(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
-def source_files(package: str, pattern: str) -> Iterator[str]:
-    """The files of an installed package, which isn't imported."""
+def source_files(package: str, pattern: str, without: str = "//") -> Iterator[str]:
+    """The files of an installed package, which isn't imported, but for paths that contain `without`."""
     root = Path(importlib.util.find_spec(package).origin).parent
-    for path in sorted(root.glob(pattern), key=lambda path: shuffled(path.relative_to(root).as_posix())):
-        yield path.read_text(encoding="utf-8", errors="replace")
+    for name in sorted((path.relative_to(root).as_posix() for path in root.glob(pattern)), key=shuffled):
+        if without not in name:
+            yield (root / name).read_text(encoding="utf-8", errors="replace")
+
+
+def headers() -> Iterator[str]:
+    """PyTorch's C++ headers, without the thousands that were generated from one template."""
+    return source_files("torch", "include/**/*.h", without="ATen/ops/")
 
 
 def operators() -> Iterator[str]:
@@ -62,8 +68,7 @@ def python(package: str) -> Callable[[], Iterator[str]]:
 
 BUILTIN = {
     "builtin": {  # four domains that share little
-        "cpp": lambda: source_files("torch", "include/**/*.h"), "yaml": operators, "english": manual,
-        "sympy": python("sympy"),
+        "cpp": headers, "yaml": operators, "english": manual, "sympy": python("sympy"),
     },
     "builtin-python": {  # four that share much
         package: python(package) for package in ("sympy", "networkx", "torch", "setuptools")
@@ -121,35 +126,50 @@ def folder_users(where: str, train: list[int]) -> Iterator[tuple[str, Documents]
     """A folder's users, by name: NAME.txt, NAME/ with a file per document, or NAME/{train,valid,test}.txt."""
     root = Path(where)
     if not root.is_dir():
-        raise BadInput(f"--data {where}: no such folder; give one, or one of {', '.join(BUILTIN)}")
-    paths = sorted(path for path in root.iterdir() if path.is_dir() or path.suffix == ".txt")
+        raise BadInput(f"--data {where}: not a folder; give one, or one of {', '.join(BUILTIN)}")
+    paths = [path for path in visible(root.iterdir()) if path.is_dir() or path.suffix == ".txt"]
+    names = [path.name if path.is_dir() else path.stem for path in paths]
+    if len(set(names)) < len(names):
+        raise BadInput(f"--data {where}: holds a NAME.txt and a NAME/ for the same user; rename one of them")
     if len(paths) < len(train):
         raise BadInput(f"--users {len(train)}: --data {where} holds {len(paths)} users, a NAME.txt or a sub-folder "
-                        "each; add text or ask for fewer")
-    for path, size in zip(paths, train, strict=False):
-        given = {name: path / f"{name}.txt" for name in SPLITS}
-        if all(file.is_file() for file in given.values()):
-            documents = {name: [read(file)] for name, file in given.items()}
-            yield path.name, {**documents, TRAIN: take(iter(documents[TRAIN]), size)}
+                       "each; add text or ask for fewer")
+    for name, path, size in zip(names, paths, train, strict=False):
+        if path.is_file():
+            yield name, split_files([read(path)], size)
+            continue
+        given = {split: path / f"{split}.txt" for split in SPLITS}
+        there = [split for split, file in given.items() if file.exists()]
+        if not there:
+            yield name, split_files([read(file) for file in visible(path.rglob("*")) if file.is_file()], size)
+        elif len(there) == len(SPLITS):
+            documents = {split: [read(file)] for split, file in given.items()}
+            yield name, {**documents, TRAIN: take(iter(documents[TRAIN]), size)}
         else:
-            files = sorted(path.rglob("*")) if path.is_dir() else [path]
-            yield path.stem, split_files([read(file) for file in files if file.is_file()], size)
+            raise BadInput(f"--data {path}: holds {there[0]}.txt but not all of train.txt, valid.txt and test.txt; "
+                           "give all three or none")
+
+
+def visible(paths: Iterable[Path]) -> list[Path]:
+    """The paths in order, without hidden ones."""
+    return sorted(path for path in paths if not path.name.startswith("."))
 
 
 def split_files(files: list[str], train: int) -> Documents:
-    """A folder's user: files stay whole if there are ten or more; fewer are laid end to end and cut."""
-    documents = sorted(distinct(files), key=shuffled)
-    held_out = {name: min(size, bytes_of(documents) // 10) for name, size in HELD_OUT.items()}
-    if len(documents) >= 10:
-        return split(iter(documents), held_out, train)
-    text = "\n".join(files)
+    """A folder's user. Ten files or more, none of them large, are documents; others are laid end to end and cut."""
+    documents = list(distinct(files))
+    total = bytes_of(documents)
+    held_out = {split: min(size, total // 10) for split, size in HELD_OUT.items()}
+    if len(documents) >= 10 and max(bytes_of([document]) for document in documents) <= total // 10:
+        return split(iter(sorted(documents, key=shuffled)), held_out, train)
+    text = "\n".join(documents)
     pieces = (text[i:i + 100] for i in range(0, len(text), 100))
     return {name: ["".join(part)] for name, part in split(pieces, held_out, train).items()}
 
 
 def read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadInput(f"--data {path}: byte {error.start} is not UTF-8; convert the file or take it away") from None
 
@@ -195,7 +215,7 @@ class Text:
     test_bytes: int
 
 
-def load(where: str, users: int, train_kb: list[float] | None = None, target: str = "own", tokens: str = "bytes",
+def load(where: str, users: int, train_kb: list[float] | None = None, target: str = "own", encoding: str = "bytes",
          block_size: int = 64) -> list[Text]:
     """The text of each user.
 
@@ -203,12 +223,15 @@ def load(where: str, users: int, train_kb: list[float] | None = None, target: st
     BUILTIN_TRAIN_KB of a builtin. target: `own`, or `mixed` for validation and test text from all users alike.
     Raises BadInput, also where a split doesn't fill one window of block_size + 1 tokens.
     """
-    encoding = tokenizer(tokens)
+    tokens = tokenizer(encoding)
     if train_kb is None and where not in BUILTIN:
         wanted = [EVERYTHING] * users
     else:
-        wanted = [int(1000 * kb) for kb in train_kb or [BUILTIN_TRAIN_KB] * users]
-    named = list((builtin_users if where in BUILTIN else folder_users)(where, wanted))
+        wanted = [round(1000 * kb) for kb in train_kb or [BUILTIN_TRAIN_KB] * users]
+    try:
+        named = list((builtin_users if where in BUILTIN else folder_users)(where, wanted))
+    except OSError as error:
+        raise BadInput(f"--data {where}: {error.filename}: {error.strerror}; check the folder") from None
     for (name, documents), size in zip(named, wanted, strict=True):
         got = bytes_of(documents[TRAIN])
         if got < size - 3 and size != EVERYTHING:  # a character that would be cut is up to 3 bytes
@@ -218,7 +241,7 @@ def load(where: str, users: int, train_kb: list[float] | None = None, target: st
     texts = []
     for name, own in named:
         documents = own | mixed
-        splits = {split: encode(documents[split], encoding) for split in SPLITS}
+        splits = {split: encode(documents[split], tokens) for split in SPLITS}
         for split, tensor in splits.items():
             if len(tensor) <= block_size:
                 raise BadInput(f"--data {where}: the {split} text of user {name} has {len(tensor)} tokens, fewer than "

@@ -31,12 +31,15 @@ class User:
         self.version = -1  # of the generalists it holds
         self.bytes_up = self.bytes_down = 0
 
+    @property
+    def shared(self) -> list[str]:
+        """The names of this user's generalist tensors."""
+        return list(self.model.having(GENERALIST))
+
     @torch.no_grad()
-    def receive(self, generalists: Message) -> None:
-        """θ_i^G ← θ^G, of the tensors this user has a place for."""
-        own = self.model.having(GENERALIST)
-        message = {name: generalists[name] for name in own}
-        for name, parameter in own.items():
+    def receive(self, message: Message) -> None:
+        """θ_i^G ← θ^G."""
+        for name, parameter in self.model.having(GENERALIST).items():
             parameter.copy_(message[name])
         self.bytes_down += size_of(message)
 
@@ -72,14 +75,14 @@ class Server:
         self.version = 0
 
     def deliver(self, user: User) -> None:
-        """Send θ^G, unless the user holds it already."""
+        """Send of θ^G what the user has a place for, unless the user holds it already."""
         if user.version < self.version:
-            user.receive(self.generalists)
+            user.receive({name: self.generalists[name] for name in user.shared})
             user.version = self.version
 
 
 def federated_round(server: Server, users: list[User], plan: Alternation) -> Iterator[tuple[User, float]]:
-    """One round. Yields each user and its mean training loss when it is done, and averages after the last."""
+    """One round. Yields each user and its mean training loss when it is done; averages when asked for one more."""
     answers = []
     for user in users:
         server.deliver(user)  # 1. θ_i^G ← θ^G

@@ -17,12 +17,12 @@ class Method:
 
 
 METHODS = {
-    "comigs": Method("generalists averaged, specialists and router at home, router taught on validation text",
+    "comigs": Method("generalists are averaged, specialists and routers stay, routers learn from validation text",
                      routed=True),
-    "local": Method("nothing leaves the device, which trains the same parameters alone",
+    "local": Method("every user trains the same parameters alone",
                     roles={GENERALIST: SPECIALIST}),
-    "fedavg": Method("everything is averaged, every expert over the users who have it",
+    "fedavg": Method("everything is averaged, each expert over the users who have it",
                      roles={SPECIALIST: GENERALIST}),
-    "centralized": Method("one model, as large as the largest user's, on the text of all; each of its batches holds "
-                          "a batch of every user's", roles={GENERALIST: SPECIALIST}, pooled=True),
+    "centralized": Method("one model, the largest user's, learns from everyone's text, a batch of each at a time",
+                          roles={GENERALIST: SPECIALIST}, pooled=True),
 }

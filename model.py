@@ -49,8 +49,18 @@ class GPTConfig:
         return [self.roles.get(role, role) for role in natural]
 
 
+class Embedding(nn.Embedding):
+    role = GENERALIST
+
+
+class Norm(nn.LayerNorm):
+    role = GENERALIST
+
+
 class Attention(nn.Module):
     """Causal self-attention with H heads: (B, T, C) -> (B, T, C)."""
+
+    role = GENERALIST
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -174,9 +184,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.n_embd)
+        self.attention_norm = Norm(config.n_embd)
         self.attention = Attention(config)
-        self.moe_norm = nn.LayerNorm(config.n_embd)
+        self.moe_norm = Norm(config.n_embd)
         self.moe = MoE(config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
@@ -192,15 +202,13 @@ class GPT(nn.Module):
     idx and targets: (B, T) token numbers, T at most `block_size`. `generator` draws the initial weights.
     """
 
-    role = GENERALIST  # of every parameter that is in no part with a role of its own
-
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
-        self.tokens = nn.Embedding(config.vocab_size, config.n_embd)  # also the head: tied
-        self.positions = nn.Embedding(config.block_size, config.n_embd)
+        self.tokens = Embedding(config.vocab_size, config.n_embd)  # also the head: tied
+        self.positions = Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.LayerNorm(config.n_embd)
+        self.norm = Norm(config.n_embd)
         self.initialize(generator)
         self.roles = self.find_roles()
 
@@ -216,7 +224,7 @@ class GPT(nn.Module):
                 parameter.zero_()
 
     def find_roles(self) -> dict[str, str]:
-        """Every parameter's name -> its one role: that of the innermost part around it that states one."""
+        """Every parameter's name -> its one role: that of the innermost part around it, and there must be one."""
         roles = {}
         for prefix, module in self.named_modules():  # outer parts come before inner ones
             if hasattr(module, "role"):
@@ -233,6 +241,7 @@ class GPT(nn.Module):
     def trunk(self, idx: Tensor) -> tuple[Tensor, list[Routing]]:
         """All but the head: (B, T) -> hidden states (B, T, C), and each layer's routing of the N tokens."""
         T = idx.shape[1]
+        assert self.config.block_size >= T, f"{T} tokens are more than block_size {self.config.block_size}"
         x = self.tokens(idx) + self.positions.weight[:T]  # (B, T, C)
         routings = []
         for block in self.blocks:

@@ -21,6 +21,7 @@ class Flag:
     help: str
     kind: type
     low: float | None = None  # the smallest value
+    high: float | None = None  # the largest
     above: float | None = None  # a bound that is itself too small
     choices: tuple[str, ...] = ()
     each_user: bool = False  # one value for all users, or one for each
@@ -37,10 +38,11 @@ class Flag:
     def check(self, value) -> None:
         """Raise BadInput if the value isn't one that it may have."""
         for one in value if self.each_user else [value]:
-            unknown = self.choices and one not in self.choices
+            unknown = one == "" or (self.choices and one not in self.choices)
             infinite = self.kind is float and not math.isfinite(one)
             small = (self.low is not None and one < self.low) or (self.above is not None and one <= self.above)
-            if unknown or infinite or small:
+            large = self.high is not None and one > self.high
+            if unknown or infinite or small or large:
                 self.refuse(value)
 
     def refuse(self, value, why: str = "not possible", remedy: str | None = None):
@@ -52,9 +54,12 @@ class Flag:
     def remedy(self) -> str:
         if self.choices:
             return f"take one of {', '.join(self.choices)}"
+        if self.kind is str:
+            return "give a name"
         number = "a whole number" if self.kind is int else "a number"
         bound = f"above {self.above}" if self.low is None else f"of at least {self.low}"
-        return f"give {number} {bound}" + (", or one per user, with commas between" if self.each_user else "")
+        limit = f" and at most {self.high}" if self.high is not None else ""
+        return f"give {number} {bound}{limit}" + (", or one per user, with commas between" if self.each_user else "")
 
 
 def flag(default, help: str, kind: type = str, **values):
@@ -66,11 +71,13 @@ def flag(default, help: str, kind: type = str, **values):
 class Settings:
     """One run. Values that are given once for all users are repeated for each. Raises BadInput."""
 
-    users: int = flag(4, "number of users", int, low=1)
+    users: int = flag(4, "number of users", int, low=1, high=100_000)
     specialists: tuple[int, ...] = flag((1,), "specialist experts per layer", int, low=0, each_user=True)
     generalists: int = flag(1, "generalist experts per layer", int, low=0)
-    top_k: int = flag(2, "experts per token; a user with fewer experts uses all it has", int, low=1)
-    method: str = flag("comigs", "a row of methods.py", choices=tuple(METHODS))
+    top_k: int = flag(2, "experts per token; a user with fewer uses all it has; with 1 there is no weight to learn",
+                      int, low=1)
+    method: str = flag("comigs", "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items()),
+                       choices=tuple(METHODS))
     data: str = flag("builtin", f"text: {', '.join(BUILTIN)}, or a folder with a NAME.txt or a NAME/ for each user")
     target: str = flag("own", "validation and test text: the user's own, or an even mix of all users'",
                        choices=("own", "mixed"))
@@ -115,8 +122,8 @@ class Settings:
         if self.generalists + min(self.specialists) == 0:
             raise BadInput("--generalists 0: a user with --specialists 0 has no expert; give either at least 1")
         try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError):
+            torch.zeros(1, device=self.device).item()
+        except (RuntimeError, AssertionError, ImportError):
             raise BadInput(f"--device {self.device}: this machine has no such device; take cpu") from None
 
 
@@ -139,7 +146,8 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
         else:
             default = getattr(Settings, name)
             text = ",".join(map(str, default)) if flag.each_user and default else default
-            parser.add_argument(flag.name, metavar="LIST" if flag.each_user else flag.kind.__name__.upper(),
+            values = "LIST" if flag.each_user else "|".join(flag.choices) or flag.kind.__name__.upper()
+            parser.add_argument(flag.name, metavar=values,
                                 help=flag.help + (f" (default: {text})" if text is not None else ""))
     given = vars(parser.parse_args(arguments))
     return Settings(**{name: flag.parse(given[name]) for name, flag in flags().items() if name in given})

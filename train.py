@@ -32,6 +32,7 @@ from methods import METHODS
 from model import GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig
 from settings import Settings, parse_settings
 
+DIVERGED = 100.0  # nats; guessing at random costs less than 11, with GPT-2's vocabulary
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "result.json")
 
 
@@ -84,8 +85,8 @@ def run(settings: Settings) -> dict:
     texts = data.load(settings.data, settings.users, settings.train_kb, settings.target, settings.tokenizer,
                       settings.block_size)
     server, users = build(settings, texts)
-    learner = dict(zip((text.name for text in texts), users if len(users) == len(texts) else users * len(texts),
-                       strict=True))  # whose model a text is tested on
+    pooled = METHODS[settings.method].pooled
+    learner = {text.name: users[0 if pooled else i] for i, text in enumerate(texts)}  # whose model is tested on it
     folder = open_folder(settings)
     plan = Alternation(settings.local_steps, settings.router_every, settings.router_steps)
 
@@ -95,28 +96,29 @@ def run(settings: Settings) -> dict:
             server.deliver(user)
         return {text.name: measure_user(learner[text.name], getattr(text, split), settings) for text in texts}
 
-    def log(round: int, train_losses: dict[str, float]) -> None:
+    def log(number: int, train_losses: dict[str, float]) -> None:
         lines = []
         for name, (loss, share) in measure("valid").items():
             user = learner[name]
             lines.append(json.dumps({
-                "round": round, "user": name, "train_loss": train_losses.get(user.name), "valid_loss": loss,
+                "round": number, "user": name, "train_loss": train_losses.get(user.name), "valid_loss": loss,
                 "generalist_share": share, "bytes_up": user.bytes_up, "bytes_down": user.bytes_down}) + "\n")
         with open(folder / "metrics.jsonl", "a") as file:
             file.writelines(lines)
-        write(folder / "checkpoint.pt", lambda path: torch.save(checkpoint(settings, round, server, users), path))
+        state = checkpoint(settings, server, users) | {"round": number, "test_start": before}
+        write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
 
     before = measure("test")
     log(0, {})
     with tqdm(total=settings.rounds * len(users), unit="user", dynamic_ncols=True) as bar:
-        for round in range(1, settings.rounds + 1):
+        for number in range(1, settings.rounds + 1):
             train_losses = {}
             for user, loss in federated_round(server, users, plan):
                 train_losses[user.name] = loss
                 bar.update()
-                bar.set_description(f"round {round}/{settings.rounds}, {user.name}, loss {loss:.2f}")
-            if round % settings.eval_every == 0 or round == settings.rounds:
-                log(round, train_losses)
+                bar.set_description(f"round {number}/{settings.rounds}, {user.name}, loss {loss:.2f}")
+            if number % settings.eval_every == 0 or number == settings.rounds:
+                log(number, train_losses)
     result = summarize(settings, texts, learner, before, measure("test"), time.perf_counter() - start)
     write_json(folder / "result.json", result)
     print(table(result, folder))
@@ -128,6 +130,8 @@ def measure_user(user: User, tokens: torch.Tensor, settings: Settings) -> tuple[
     T = settings.block_size
     windows = data.ordered_windows(tokens, max(1, 4096 // T), T, settings.device)
     loss, gates = evaluate(user.model, windows)  # gates: (L, E)
+    if not loss < DIVERGED:
+        raise BadInput(f"--lr {settings.lr}: the loss of user {user.name} has grown to {loss:.3g}; take a smaller one")
     generalist = torch.tensor([role == GENERALIST for role in user.model.config.expert_roles], device=gates.device)
     return loss, gates[:, generalist].sum(1).tolist()
 
@@ -178,21 +182,22 @@ def table(result: dict, folder: Path) -> str:
 
 def open_folder(settings: Settings) -> Path:
     """Make the run's folder, or empty it of an old run if that is wanted, and write config.json. Raises BadInput."""
-    folder = Path(settings.out or free_name(
-        f"out/{settings.method}-{Path(settings.data).name}-{settings.users}users-seed{settings.seed}"))
-    old = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    if old and not settings.overwrite:
-        raise BadInput(f"--out {folder}: holds a run; take another folder, or --overwrite to start anew in it")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {folder}: {error.strerror.lower()}; take another folder") from None
-    for path in old:
-        path.unlink()
+    name = f"{settings.method}-{Path(settings.data).resolve().name}-{settings.users}users-seed{settings.seed}"
+    folder = Path(settings.out or free_name(f"out/{name}"))
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
                 "tiktoken": tiktoken.__version__}
-    write_json(folder / "config.json", {"settings": asdict(settings), "versions": versions,
-                                        "threads": torch.get_num_threads()})
+    config = {"settings": asdict(settings), "versions": versions, "threads": torch.get_num_threads()}
+    try:
+        old = [path for path in (folder / file for file in RUN_FILES) if path.exists()]
+        if old and not settings.overwrite:
+            raise BadInput(f"--out {folder}: holds a run; take another folder, or --overwrite to start anew in it")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", config)
+        for path in old:
+            if path.name != "config.json":
+                path.unlink()
+    except OSError as error:
+        raise BadInput(f"--out {folder}: {error.strerror}; take another folder") from None
     return folder
 
 
@@ -202,9 +207,9 @@ def free_name(name: str) -> str:
     return next(name for name in names if not os.path.exists(name))
 
 
-def checkpoint(settings: Settings, round: int, server: Server, users: list[User]) -> dict:
-    """All of a run's state: what users have in common once, and of each user what is its own."""
-    return {"settings": asdict(settings), "round": round, "generalists": server.generalists, "users": [{
+def checkpoint(settings: Settings, server: Server, users: list[User]) -> dict:
+    """The learners' state: what they have in common once, and of each what is its own."""
+    return {"settings": asdict(settings), "generalists": server.generalists, "users": [{
         "name": user.name, "config": asdict(user.model.config), "bytes_up": user.bytes_up,
         "bytes_down": user.bytes_down, "own": user.model.having(SPECIALIST, ROUTER),
         "lower": user.lower.state(), "upper": user.upper and user.upper.state()} for user in users]}
@@ -222,6 +227,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    sys.stdout.reconfigure(errors="replace")  # the table's arrows, on a terminal without Unicode
     try:
         run(parse_settings(arguments))
     except BadInput as error:

@@ -78,6 +78,7 @@ def test_validation_text_reaches_the_experts_only_through_the_router():
             group["lr"] = 0.0
         upper.schedule.base_lrs = [0.0]
         alternate(model, lower, upper, Alternation(6, 2, 3))
+        assert upper.steps == 9
         ends.append(model.having(GENERALIST, SPECIALIST))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 

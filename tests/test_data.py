@@ -60,6 +60,24 @@ def test_a_folders_files_stay_whole_and_in_one_split(corpus):
     assert not any(file in whole for document in cut for file in files if file.startswith(document))
 
 
+def test_few_files_that_are_alike_or_one_that_is_large_are_cut_end_to_end(tmp_path):
+    same = words(1, 3000)
+    few = data.split_files([same, same], data.EVERYTHING)
+    assert not any(few[TEST][0] in few[split][0] for split in (TRAIN, VALID))
+    one_large = [words(i, 3000) for i in range(10)] + [words(99, 300_000)]
+    assert sum(map(data.bytes_of, data.split_files(one_large, data.EVERYTHING).values())) > 329_000
+
+
+def test_hidden_files_are_nobodys_and_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "fay").mkdir()
+    (tmp_path / "fay" / ".DS_Store").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "fay" / "a.txt").write_text(words(0, 5000), encoding="utf-8-sig")
+    (name, parts), = data.folder_users(str(tmp_path), [data.EVERYTHING])
+    assert name == "fay"
+    assert parts[TEST][0][0].isdigit()
+
+
 def test_given_splits_are_taken_as_they_are(tmp_path):
     (tmp_path / "eva").mkdir()
     for split in SPLITS:
@@ -177,18 +195,29 @@ def test_trigram_probabilities_sum_to_one_also_after_unseen_histories():
         assert sum(p) == pytest.approx(1)
 
 
-@pytest.mark.parametrize(("make", "users", "message"), [
-    (lambda folder: folder / "nowhere", 1, "nowhere: no such folder"),
-    (lambda folder: folder, 1, "--users 1: .* holds 0 users"),
-    (lambda folder: (folder / "a.txt").write_bytes(b"caf\xe9 " * 100) and folder, 1, "a.txt: byte 3 is not UTF-8"),
-    (lambda folder: (folder / "a.txt").write_text("short") and folder, 1, "the .* text of user a has .* tokens"),
-    (lambda folder: (folder / "a.txt").write_text(words(0, 5000)) and folder, 2, "--users 2: .* holds 1 users"),
+@pytest.mark.parametrize(("files", "users", "message"), [
+    ({}, 1, "--users 1: .* holds 0 users"),
+    ({"a.txt": b"caf\xe9 " * 100}, 1, "a.txt: byte 3 is not UTF-8"),
+    ({"a.txt": b"short"}, 1, "the .* text of user a has .* tokens"),
+    ({"a.txt": words(0, 5000).encode()}, 2, "--users 2: .* holds 1 users"),
+    ({"a.txt": b"x", "a/b.txt": b"x"}, 1, "rename one"),
+    ({"a/test.txt": b"x"}, 1, "all three"),
+    ({"a/.hidden": b"x"}, 1, "of user a has 1 tokens"),
 ])
-def test_bad_text_is_one_line_that_says_what_to_do(tmp_path, make, users, message):
+def test_bad_text_is_one_line_that_says_what_to_do(tmp_path, files, users, message):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(BadInput, match=message) as error:
-        data.load(str(make(tmp_path)), users)
+        data.load(str(tmp_path), users)
     assert "\n" not in str(error.value)
     assert ";" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "x" * 300])
+def test_a_folder_that_isnt_there_is_one_line(name, tmp_path):
+    with pytest.raises(BadInput, match="not a folder|File name too long"):
+        data.load(str(tmp_path / name), 1)
 
 
 def test_more_training_text_than_there_is_is_refused(corpus):

@@ -112,6 +112,16 @@ def test_every_parameter_has_one_role_and_experts_are_generalists_first():
     assert by_role[GENERALIST] == set(model.roles) - by_role[SPECIALIST] - by_role[ROUTER]
 
 
+def test_a_parameter_without_a_role_is_refused():
+    class Forgetful(GPT):
+        def find_roles(self):
+            self.extra = torch.nn.Linear(2, 2)
+            return super().find_roles()
+
+    with pytest.raises(AssertionError):
+        Forgetful(GPTConfig(**TINY))
+
+
 def test_a_method_can_give_a_role_another_one():
     model = tiny(specialists=2, roles={SPECIALIST: GENERALIST})
     assert not model.having(SPECIALIST)
@@ -178,6 +188,19 @@ def test_a_generator_decides_the_initial_weights_and_the_global_seed_is_left_alo
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     torch.manual_seed(6)
     assert not torch.equal(GPT(GPTConfig(**TINY)).tokens.weight, one.tokens.weight)
+
+
+def test_the_start_is_gpt2s():
+    """Weights of deviation 0.02, those into the residual stream 0.02/√(2L), biases 0, norms 1."""
+    model = GPT(GPTConfig(257, 64, 2, 4, 128), torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert (parameter == float("weight" in name)).all()
+        elif parameter.ndim == 1:
+            assert not parameter.any()
+        else:
+            expected = 0.01 if name.endswith(("out.weight", "down.weight")) else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.1), name
 
 
 @pytest.mark.parametrize("wrong", [dict(n_embd=9), dict(generalists=0, specialists=0)])

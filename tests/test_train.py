@@ -7,9 +7,12 @@ import re
 import pytest
 import torch
 
+import compare
+import data
 import train
 from data import RandomWindows
-from settings import parse_settings
+from model import SPECIALIST
+from settings import Settings, parse_settings
 from test_data import words
 
 TINY = ("--users 3 --specialists 0,1,3 --n-layer 1 --n-head 2 --n-embd 8 --block-size 8 --batch-size 2 --rounds 3 "
@@ -110,6 +113,75 @@ def test_every_method_runs_with_the_parameters_and_the_batches_of_the_others(met
     assert (result["bytes_up"] == 0) == (method in ("local", "centralized"))
 
 
+def small_settings(corpus, *more) -> tuple[Settings, list[data.Text]]:
+    settings = parse_settings([*TINY, "--data", corpus, *more])
+    return settings, data.load(corpus, settings.users, block_size=settings.block_size)
+
+
+def test_each_level_gets_its_own_text_rate_and_schedule(corpus):
+    settings, texts = small_settings(corpus, "--lr", "0.5", "--router-lr", "0.25", "--weight-decay", "0.125",
+                                     "--top-k", "3")
+    _, users = train.build(settings, texts)
+    for user, text in zip(users, texts, strict=True):
+        assert user.lower.batches.texts[0] is text.train
+        assert user.upper.batches.texts[0] is text.valid
+        for level, rate, decay, at_the_end in ((user.lower, 0.5, 0.125, 0.1), (user.upper, 0.25, 0.0, 1.0)):
+            assert level.schedule.base_lrs == [rate]
+            assert level.optimizer.param_groups[0]["weight_decay"] == decay
+            assert level.schedule.lr_lambdas[0](settings.rounds * settings.local_steps) == pytest.approx(at_the_end)
+        assert user.model.config.top_k == 3
+        assert user.weight == 1
+    assert not torch.equal(*(user.model.having(SPECIALIST)["blocks.0.moe.experts.1.up.weight"] for user in users[1:]))
+
+
+def test_users_can_count_by_their_training_tokens(corpus):
+    settings, texts = small_settings(corpus, "--average", "tokens")
+    _, users = train.build(settings, texts)
+    assert [user.weight for user in users] == [len(text.train) for text in texts]
+    assert users[0].weight != users[2].weight
+
+
+def test_reported_perplexities_are_those_of_the_test_text(corpus, tmp_path):
+    """Recomputed: at the start from the same seed, at the end from the checkpoint, window by window, one at a time."""
+    result = run(corpus, tmp_path / "run")
+    settings, texts = small_settings(corpus)
+    server, users = train.build(settings, texts)
+    saved = state(tmp_path / "run")
+
+    def perplexity(model, tokens):
+        losses = []
+        for start in range(0, len(tokens) - 1, 8):
+            window = tokens[start:start + 9]
+            losses += (-model(window[None, :-1])[0][0].log_softmax(-1).gather(1, window[1:, None])).flatten().tolist()
+        return math.exp(sum(losses) / (len(tokens) - 1))
+
+    for user, text, own, reported in zip(users, texts, saved["users"], result["users"], strict=True):
+        server.deliver(user)
+        assert reported["test_ppl_start"] == pytest.approx(perplexity(user.model, text.test), rel=1e-4)
+        everything = {name: saved["generalists"][name] for name in user.shared} | own["own"]
+        user.model.load_state_dict(everything)
+        assert reported["test_ppl"] == pytest.approx(perplexity(user.model, text.test), rel=1e-4)
+        assert reported["trigram_ppl"] == math.exp(data.trigram_loss(text.train, text.test, 257))
+
+
+def test_a_file_that_could_not_be_written_whole_leaves_the_old_one(tmp_path):
+    (tmp_path / "file").write_text("old")
+
+    def half(path):
+        path.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.write(tmp_path / "file", half)
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_a_run_that_diverges_ends_in_one_line(corpus, tmp_path, capsys):
+    for lr in ("300", "1e30"):
+        assert train.main([*TINY, "--data", corpus, "--out", str(tmp_path / lr), "--lr", lr]) == 2
+        assert "take a smaller one" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_checkpoint_holds_each_users_own_and_the_generalists_once(corpus, tmp_path):
     run(corpus, tmp_path / "run")
     saved = state(tmp_path / "run")
@@ -164,7 +236,8 @@ WRONG = """
     --batch-size 0; --block-size 0; --block-size 4000
     --lr 0; --lr -1; --lr nan; --lr inf; --lr fast; --router-lr nan; --weight-decay -0.1; --weight-decay nan
     --n-layer 0; --n-head 3; --n-head 0; --n-embd 0; --n-embd 9; --seed x; --seed -1
-    --device nonsense; --device cuda:99; --nonsense 1; more
+    --device nonsense; --device cuda:99; --device meta; --device hpu; --nonsense 1; more
+    --users 100000000000; --rounds 1e3
 """
 
 
@@ -182,10 +255,29 @@ def test_bad_input_is_one_line_with_flag_and_remedy_and_status_2(wrong, corpus, 
 
 def test_a_run_folder_that_is_a_file_is_one_line_too(corpus, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
-    for out in ("file", "file/below"):
+    for out in ("file", "file/below", "x" * 300):
         assert train.main([*TINY, "--data", corpus, "--out", str(tmp_path / out)]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_compare_runs_what_is_missing_and_averages_over_seeds(corpus, tmp_path, monkeypatch, capsys):
+    def compared(*more):
+        monkeypatch.setattr("sys.argv", ["compare.py", "--methods", "comigs,local", "--seeds", "2", "--out",
+                                         str(tmp_path / "runs"), *TINY, "--data", corpus, "--rounds", "1", *more])
+        return compare.main(), (tmp_path / "runs" / "table.md").read_text(), capsys.readouterr()
+
+    status, table, _ = compared()
+    results = [json.loads((tmp_path / "runs" / f"local-seed{seed}" / "result.json").read_text()) for seed in (0, 1)]
+    mean = sum(result["mean_test_ppl"] for result in results) / 2
+    assert status == 0
+    assert f"{mean:.2f} ±" in table.splitlines()[3]
+    monkeypatch.setattr(compare, "run", None)  # nothing is missing any more
+    assert compared()[:2] == (0, table)
+    monkeypatch.setattr(compare, "run", train.run)
+    status, _, printed = compared("--lr", "0.5")  # other settings: the runs that are there are kept
+    assert status == 2
+    assert "holds a run" in printed.err
 
 
 def test_help_shows_every_flag_with_its_default(capsys):
