@@ -34,16 +34,15 @@ def mean_and_deviation(values: list[float]) -> str:
 def table(results: dict[str, list[dict]]) -> str:
     """Markdown: test perplexity of each method, mean ± standard deviation over seeds, by user and over users."""
     users = [user["name"] for user in next(iter(results.values()))[0]["users"]]
-    rows = [["method", *users, "mean", "bits/byte", "MB sent", "seconds"]]
+    rows = [["method", *users, "mean", "bits/byte", "MB sent"]]
     for method, runs in results.items():
         by_user = [[result["users"][i]["test_ppl"] for result in runs] for i in range(len(users))]
         rows.append([method, *map(mean_and_deviation, by_user),
                      mean_and_deviation([result["mean_test_ppl"] for result in runs]),
                      f"{statistics.mean(result['mean_test_bpb'] for result in runs):.3f}",
-                     f"{runs[0]['bytes_up'] / 1e6:.0f}",
-                     f"{statistics.mean(result['seconds'] for result in runs):.0f}"])
+                     f"{runs[0]['bytes_up'] / 1e6:.0f}"])
     trigrams = [user["trigram_ppl"] for user in next(iter(results.values()))[0]["users"]]
-    rows.append(["trigram", *(f"{ppl:.2f}" for ppl in trigrams), f"{statistics.mean(trigrams):.2f}", "", "", ""])
+    rows.append(["trigram", *(f"{ppl:.2f}" for ppl in trigrams), f"{statistics.mean(trigrams):.2f}", "", ""])
     rows.insert(1, ["---"] * len(rows[0]))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
