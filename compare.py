@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data import BadInput
 from settings import Parser, Settings, parse_settings
-from train import run
+from train import Run
 
 
 def result_of(settings: Settings) -> dict:
@@ -22,7 +22,7 @@ def result_of(settings: Settings) -> dict:
     wanted = json.loads(json.dumps(asdict(settings)))
     if (folder / "result.json").exists() and json.loads((folder / "config.json").read_text())["settings"] == wanted:
         return json.loads((folder / "result.json").read_text())
-    return run(settings)
+    return Run(settings).play()
 
 
 def mean_and_deviation(values: list[float]) -> str:

@@ -79,86 +79,86 @@ def build(settings: Settings, texts: list[Text]) -> tuple[Server, list[User]]:
 
 # --- the run ---------------------------------------------------------------------------------------------------------
 
-def run(settings: Settings) -> dict:
-    """Do the whole run, write its folder, print its table. Returns what result.json holds. Raises BadInput."""
-    start = time.perf_counter()
-    texts = data.load(settings.data, settings.users, settings.train_kb, settings.target, settings.tokenizer,
-                      settings.block_size)
-    server, users = build(settings, texts)
-    pooled = METHODS[settings.method].pooled
-    learner = {text.name: users[0 if pooled else i] for i, text in enumerate(texts)}  # whose model is tested on it
-    folder = open_folder(settings)
-    plan = Alternation(settings.local_steps, settings.router_every, settings.router_steps)
+class Run:
+    """A whole run: play() plays the rounds, writes the folder and prints the table. Raises BadInput."""
 
-    def measure(split: str) -> dict[str, tuple[float, list[float]]]:
-        """By text: the loss in nats, and the generalists' mean gate in each layer."""
-        for user in users:
-            server.deliver(user)
-        return {text.name: measure_user(learner[text.name], getattr(text, split), settings) for text in texts}
+    def __init__(self, settings: Settings):
+        self.start = time.perf_counter()
+        self.settings = settings
+        self.texts = data.load(settings.data, settings.users, settings.train_kb, settings.target, settings.tokenizer,
+                               settings.block_size)
+        self.server, self.users = build(settings, self.texts)
+        pooled = METHODS[settings.method].pooled
+        self.learners = self.users * len(self.texts) if pooled else self.users  # whose model a text is tested on
+        self.folder = open_folder(settings)
 
-    def log(number: int, train_losses: dict[str, float]) -> None:
-        lines = []
-        for name, (loss, share) in measure("valid").items():
-            user = learner[name]
-            lines.append(json.dumps({
-                "round": number, "user": name, "train_loss": train_losses.get(user.name), "valid_loss": loss,
-                "generalist_share": share, "bytes_up": user.bytes_up, "bytes_down": user.bytes_down}) + "\n")
-        with open(folder / "metrics.jsonl", "a") as file:
+    def play(self) -> dict:
+        """Returns what result.json holds."""
+        settings, users = self.settings, self.users
+        plan = Alternation(settings.local_steps, settings.router_every, settings.router_steps)
+        before = self.measure("test")
+        self.log(0, {}, before)
+        with tqdm(total=settings.rounds * len(users), unit="user", dynamic_ncols=True) as bar:
+            for number in range(1, settings.rounds + 1):
+                losses = {}
+                for user, loss in federated_round(self.server, users, plan):
+                    losses[user] = loss
+                    bar.update()
+                    bar.set_description(f"round {number}/{settings.rounds}, {user.name}, loss {loss:.2f}")
+                if number % settings.eval_every == 0 or number == settings.rounds:
+                    self.log(number, losses, before)
+        result = self.summarize(before, self.measure("test"))
+        write_json(self.folder / "result.json", result)
+        print(table(result, self.folder))
+        return result
+
+    def measure(self, split: str) -> list[tuple[float, list[float]]]:
+        """Of each text: the loss in nats on all of that split, and the generalists' mean gate in each layer."""
+        T, measured = self.settings.block_size, []
+        for user, text in zip(self.learners, self.texts, strict=True):
+            self.server.deliver(user)
+            windows = data.ordered_windows(getattr(text, split), max(1, 4096 // T), T, self.settings.device)
+            loss, gates = evaluate(user.model, windows)  # gates: (L, E)
+            if not loss < DIVERGED:
+                raise BadInput(f"--lr {self.settings.lr}: the loss of user {user.name} has grown to {loss:.3g}; "
+                               "take a smaller one")
+            generalist = [role == GENERALIST for role in user.model.config.expert_roles]
+            measured.append((loss, gates[:, generalist].sum(1).tolist()))
+        return measured
+
+    def log(self, number: int, losses: dict[User, float], before: list) -> None:
+        """Add the validation losses after a round to metrics.jsonl, and save the checkpoint."""
+        lines = [json.dumps({
+            "round": number, "user": text.name, "train_loss": losses.get(user), "valid_loss": loss,
+            "generalist_share": share, "bytes_up": user.bytes_up, "bytes_down": user.bytes_down}) + "\n"
+            for text, user, (loss, share) in zip(self.texts, self.learners, self.measure("valid"), strict=True)]
+        with open(self.folder / "metrics.jsonl", "a") as file:
             file.writelines(lines)
-        state = checkpoint(settings, server, users) | {"round": number, "test_start": before}
-        write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
+        state = checkpoint(self.settings, self.server, self.users) | {"round": number, "test_start": before}
+        write(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
 
-    before = measure("test")
-    log(0, {})
-    with tqdm(total=settings.rounds * len(users), unit="user", dynamic_ncols=True) as bar:
-        for number in range(1, settings.rounds + 1):
-            train_losses = {}
-            for user, loss in federated_round(server, users, plan):
-                train_losses[user.name] = loss
-                bar.update()
-                bar.set_description(f"round {number}/{settings.rounds}, {user.name}, loss {loss:.2f}")
-            if number % settings.eval_every == 0 or number == settings.rounds:
-                log(number, train_losses)
-    result = summarize(settings, texts, learner, before, measure("test"), time.perf_counter() - start)
-    write_json(folder / "result.json", result)
-    print(table(result, folder))
-    return result
-
-
-def measure_user(user: User, tokens: torch.Tensor, settings: Settings) -> tuple[float, list[float]]:
-    """The user's loss on the whole of a text, in nats, and its generalists' mean gate in each layer."""
-    T = settings.block_size
-    windows = data.ordered_windows(tokens, max(1, 4096 // T), T, settings.device)
-    loss, gates = evaluate(user.model, windows)  # gates: (L, E)
-    if not loss < DIVERGED:
-        raise BadInput(f"--lr {settings.lr}: the loss of user {user.name} has grown to {loss:.3g}; take a smaller one")
-    generalist = torch.tensor([role == GENERALIST for role in user.model.config.expert_roles], device=gates.device)
-    return loss, gates[:, generalist].sum(1).tolist()
-
-
-def summarize(settings: Settings, texts: list[Text], learner: dict[str, User], before: dict, after: dict,
-              seconds: float) -> dict:
-    """What result.json holds."""
-    rows = []
-    for text in texts:
-        user, (loss, share) = learner[text.name], after[text.name]
-        config = user.model.config
-        rows.append({
-            "name": text.name, "generalists": config.generalists, "specialists": config.specialists,
-            "train_bytes": text.train_bytes, "train_tokens": len(text.train),
-            "parameters": {role: sum(p.numel() for p in user.model.having(role).values()) for role in ROLES},
-            "test_ppl_start": math.exp(before[text.name][0]), "test_ppl": math.exp(loss),
-            "test_bpb": loss * (len(text.test) - 1) / math.log(2) / text.test_bytes,
-            "trigram_ppl": math.exp(data.trigram_loss(text.train, text.test, config.vocab_size)),
-            "generalist_share": share})
-    users = set(learner.values())
-    return {
-        "method": settings.method, "seed": settings.seed, "seconds": round(seconds, 1), "rounds": settings.rounds,
-        "tokens_seen": sum(level.steps * level.batches.tokens_per_batch
-                           for user in users for level in (user.lower, user.upper) if level),
-        "bytes_up": sum(user.bytes_up for user in users), "bytes_down": sum(user.bytes_down for user in users),
-        "mean_test_ppl": sum(row["test_ppl"] for row in rows) / len(rows),
-        "mean_test_bpb": sum(row["test_bpb"] for row in rows) / len(rows), "users": rows}
+    def summarize(self, before: list, after: list) -> dict:
+        """What result.json holds."""
+        rows = []
+        for text, user, (start, _), (loss, share) in zip(self.texts, self.learners, before, after, strict=True):
+            config = user.model.config
+            rows.append({
+                "name": text.name, "generalists": config.generalists, "specialists": config.specialists,
+                "train_bytes": text.train_bytes, "train_tokens": len(text.train),
+                "parameters": {role: sum(p.numel() for p in user.model.having(role).values()) for role in ROLES},
+                "test_ppl_start": math.exp(start), "test_ppl": math.exp(loss),
+                "test_bpb": loss * (len(text.test) - 1) / math.log(2) / text.test_bytes,
+                "trigram_ppl": math.exp(data.trigram_loss(text.train, text.test, config.vocab_size)),
+                "generalist_share": share})
+        levels = [level for user in self.users for level in (user.lower, user.upper) if level]
+        return {
+            "method": self.settings.method, "seed": self.settings.seed,
+            "seconds": round(time.perf_counter() - self.start, 1), "rounds": self.settings.rounds,
+            "tokens_seen": sum(level.steps * level.batches.tokens_per_batch for level in levels),
+            "bytes_up": sum(user.bytes_up for user in self.users),
+            "bytes_down": sum(user.bytes_down for user in self.users),
+            "mean_test_ppl": sum(row["test_ppl"] for row in rows) / len(rows),
+            "mean_test_bpb": sum(row["test_bpb"] for row in rows) / len(rows), "users": rows}
 
 
 def table(result: dict, folder: Path) -> str:
@@ -229,7 +229,7 @@ def write_json(path: Path, content: dict) -> None:
 def main(arguments: list[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="replace")  # the table's arrows, on a terminal without Unicode
     try:
-        run(parse_settings(arguments))
+        Run(parse_settings(arguments)).play()
     except BadInput as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

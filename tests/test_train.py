@@ -272,9 +272,9 @@ def test_compare_runs_what_is_missing_and_averages_over_seeds(corpus, tmp_path, 
     mean = sum(result["mean_test_ppl"] for result in results) / 2
     assert status == 0
     assert f"{mean:.2f} ±" in table.splitlines()[3]
-    monkeypatch.setattr(compare, "run", None)  # nothing is missing any more
+    monkeypatch.setattr(compare, "Run", None)  # nothing is missing any more
     assert compared()[:2] == (0, table)
-    monkeypatch.setattr(compare, "run", train.run)
+    monkeypatch.setattr(compare, "Run", train.Run)
     status, _, printed = compared("--lr", "0.5")  # other settings: the runs that are there are kept
     assert status == 2
     assert "holds a run" in printed.err
