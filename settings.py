@@ -95,7 +95,7 @@ class Settings:
     block_size: int = flag(64, "tokens in a window", int, low=1)
     lr: float = flag(3e-3, "experts' learning rate at its highest", float, above=0)
     router_lr: float = flag(3e-3, "routers' learning rate", float, above=0)
-    warmup: int = flag(30, "expert steps until the learning rate is at its highest", int, low=0)
+    warmup: int = flag(100, "expert steps until the learning rate is at its highest", int, low=0)
     weight_decay: float = flag(0.1, "of AdamW, for the experts", float, low=0)
     n_layer: int = flag(3, "layers", int, low=1)
     n_head: int = flag(4, "attention heads", int, low=1)
