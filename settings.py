@@ -62,7 +62,7 @@ class Flag:
         return f"give {number} {bound}{limit}" + (", or one per user, with commas between" if self.each_user else "")
 
 
-def flag(default, help: str, kind: type = str, **values):
+def setting(default, help: str, kind: type = str, **values):
     """A field of Settings; `values` as in Flag."""
     return field(default=default, metadata=dict(help=help, kind=kind, **values))
 
@@ -71,41 +71,41 @@ def flag(default, help: str, kind: type = str, **values):
 class Settings:
     """One run. Values that are given once for all users are repeated for each. Raises BadInput."""
 
-    users: int = flag(4, "number of users", int, low=1, high=100_000)
-    specialists: tuple[int, ...] = flag((1,), "specialist experts per layer", int, low=0, each_user=True)
-    generalists: int = flag(1, "generalist experts per layer", int, low=0)
-    top_k: int = flag(2, "experts per token; a user with fewer uses all it has; with 1 there is no weight to learn",
-                      int, low=1)
-    method: str = flag("comigs", "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items()),
-                       choices=tuple(METHODS))
-    data: str = flag("builtin", f"text: {', '.join(BUILTIN)}, or a folder with a NAME.txt or a NAME/ for each user")
-    target: str = flag("own", "validation and test text: the user's own, or an even mix of all users'",
-                       choices=("own", "mixed"))
-    train_kb: tuple[float, ...] | None = flag(
+    users: int = setting(4, "number of users", int, low=1, high=100_000)
+    specialists: tuple[int, ...] = setting((1,), "specialist experts per layer", int, low=0, each_user=True)
+    generalists: int = setting(1, "generalist experts per layer", int, low=0)
+    top_k: int = setting(2, "experts per token; a user with fewer uses all it has; with 1 there is no weight to learn",
+                         int, low=1)
+    method: str = setting("comigs", "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items()),
+                          choices=tuple(METHODS))
+    data: str = setting("builtin", f"text: {', '.join(BUILTIN)}, or a folder with a NAME.txt or a NAME/ for each user")
+    target: str = setting("own", "validation and test text: the user's own, or an even mix of all users'",
+                          choices=("own", "mixed"))
+    train_kb: tuple[float, ...] | None = setting(
         None, f"training text in kB; default: {BUILTIN_TRAIN_KB} of a builtin, of a folder all there is", float,
         above=0, each_user=True)
-    tokenizer: str = flag("bytes", "what a token is", choices=("bytes", "gpt2"))
-    average: str = flag("uniform", "a user's weight in the average: the same, or its number of training tokens",
-                        choices=("uniform", "tokens"))
-    rounds: int = flag(64, "communication rounds", int, low=1)
-    local_steps: int = flag(10, "expert steps of a user in a round", int, low=1)
-    router_every: int = flag(30, "expert steps between two visits to the router", int, low=1)
-    router_steps: int = flag(5, "router steps in such a visit", int, low=0)
-    batch_size: int = flag(8, "windows in a batch", int, low=1)
-    block_size: int = flag(64, "tokens in a window", int, low=1)
-    lr: float = flag(3e-3, "experts' learning rate at its highest", float, above=0)
-    router_lr: float = flag(3e-3, "routers' learning rate", float, above=0)
-    warmup: int = flag(100, "expert steps until the learning rate is at its highest", int, low=0)
-    weight_decay: float = flag(0.1, "of AdamW, for the experts", float, low=0)
-    n_layer: int = flag(3, "layers", int, low=1)
-    n_head: int = flag(4, "attention heads", int, low=1)
-    n_embd: int = flag(128, "channels", int, low=1)
-    seed: int = flag(0, "of everything random", int, low=0)
-    device: str = flag("cpu", "cpu, cuda, cuda:1, mps, ...")
-    compile: bool = flag(False, "compile the models with torch.compile", bool)
-    eval_every: int = flag(16, "rounds between evaluations on validation text", int, low=1)
-    out: str | None = flag(None, "folder of the run; default: a new one under out/")
-    overwrite: bool = flag(False, "start anew in a folder that holds a run", bool)
+    tokenizer: str = setting("bytes", "what a token is", choices=("bytes", "gpt2"))
+    average: str = setting("uniform", "a user's weight in the average: the same, or its number of training tokens",
+                           choices=("uniform", "tokens"))
+    rounds: int = setting(64, "communication rounds", int, low=1)
+    local_steps: int = setting(10, "expert steps of a user in a round", int, low=1)
+    router_every: int = setting(30, "expert steps between two visits to the router", int, low=1)
+    router_steps: int = setting(5, "router steps in such a visit", int, low=0)
+    batch_size: int = setting(8, "windows in a batch", int, low=1)
+    block_size: int = setting(64, "tokens in a window", int, low=1)
+    lr: float = setting(3e-3, "experts' learning rate at its highest", float, above=0)
+    router_lr: float = setting(3e-3, "routers' learning rate", float, above=0)
+    warmup: int = setting(100, "expert steps up to the highest learning rate, at most a fifth of all", int, low=0)
+    weight_decay: float = setting(0.1, "of AdamW, for the experts", float, low=0)
+    n_layer: int = setting(3, "layers", int, low=1)
+    n_head: int = setting(4, "attention heads", int, low=1)
+    n_embd: int = setting(128, "channels", int, low=1)
+    seed: int = setting(0, "of everything random", int, low=0)
+    device: str = setting("cpu", "cpu, cuda, cuda:1, mps, ...")
+    compile: bool = setting(False, "compile the models with torch.compile", bool)
+    eval_every: int = setting(16, "rounds between evaluations on validation text", int, low=1)
+    out: str | None = setting(None, "folder of the run; default: a new one under out/")
+    overwrite: bool = setting(False, "start anew in a folder that holds a run", bool)
 
     def __post_init__(self):
         for name, flag in flags().items():

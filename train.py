@@ -59,8 +59,9 @@ def build_user(settings: Settings, name: str, specialists: int, texts: list[Text
                                   settings.batch_size, settings.block_size, settings.device)
 
     model = build_model(settings, specialists, name)
+    steps = settings.rounds * settings.local_steps
     lower = Level(model.having(GENERALIST, SPECIALIST), batches("train"), settings.lr, settings.weight_decay,
-                  cosine(settings.rounds * settings.local_steps, settings.warmup))
+                  cosine(steps, min(settings.warmup, steps // 5)))
     router = model.having(ROUTER)
     upper = Level(router, batches("valid"), settings.router_lr, 0.0, constant) if router else None
     weight = sum(len(text.train) for text in texts) if settings.average == "tokens" else 1
