@@ -93,7 +93,7 @@ class Settings:
     router_steps: int = setting(5, "router steps in such a visit", int, low=0)
     batch_size: int = setting(8, "windows in a batch", int, low=1)
     block_size: int = setting(64, "tokens in a window", int, low=1)
-    lr: float = setting(3e-3, "experts' learning rate at its highest", float, above=0)
+    lr: float = setting(6e-3, "experts' learning rate at its highest", float, above=0)
     router_lr: float = setting(3e-3, "routers' learning rate", float, above=0)
     warmup: int = setting(100, "expert steps up to the highest learning rate, at most a fifth of all", int, low=0)
     weight_decay: float = setting(0.1, "of AdamW, for the experts", float, low=0)
