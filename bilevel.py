@@ -3,6 +3,9 @@
     upper level    min over φ                L(X_valid; Θ*, φ)    the router, on text from the target distribution
     lower level    Θ* in argmin over Θ       L(X_train; Θ, φ)     all else that learns, on the user's own text
 
+The generalists in Θ are common to all users, and their lower level is the sum of the users' losses: the average that
+the server takes after each round (federated.py) stands for that.
+
 A level owns its parameters, its stream of batches and its optimizer. Its step differentiates with respect to its own
 parameters only, so no gradient of one level is ever in the other's way.
 

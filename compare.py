@@ -2,13 +2,13 @@
 
     python compare.py --methods comigs,local,fedavg,centralized --seeds 3 [flags of train.py]
 
-A run that is already in the folder, with the same settings, isn't run again.
+A run that is already in the folder, with the same settings, isn't run again; so this can be stopped and started again.
 """
 
 import json
 import statistics
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from data import BadInput
@@ -17,11 +17,13 @@ from train import Run
 
 
 def result_of(settings: Settings) -> dict:
-    """The result of a run, from its folder if it was run before."""
-    folder = Path(settings.out)
+    """The result of a run: from its folder if it ended there, else by running it, anew if it was broken off."""
+    config, result = (Path(settings.out) / name for name in ("config.json", "result.json"))
     wanted = json.loads(json.dumps(asdict(settings)))
-    if (folder / "result.json").exists() and json.loads((folder / "config.json").read_text())["settings"] == wanted:
-        return json.loads((folder / "result.json").read_text())
+    if config.exists() and json.loads(config.read_text())["settings"] | {"overwrite": settings.overwrite} == wanted:
+        if result.exists():
+            return json.loads(result.read_text())
+        settings = replace(settings, overwrite=True)
     return Run(settings).play()
 
 
@@ -48,17 +50,18 @@ def table(results: dict[str, list[dict]]) -> str:
 
 
 def main() -> int:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--methods", default="comigs,local,fedavg,centralized", help="rows of methods.py")
-    parser.add_argument("--seeds", default="3", help="how many: 0, 1, ...")
-    parser.add_argument("--out", default="out/compare", help="folder of the runs")
+    parser = Parser(description=__doc__.splitlines()[0], epilog="All other flags are train.py's.", allow_abbrev=False)
+    parser.add_argument("--methods", default="comigs,local,fedavg,centralized", help="default: all four")
+    parser.add_argument("--seeds", default="3", help="how many: 0, 1, ... (default: 3)")
+    parser.add_argument("--out", default="out/compare", help="folder of the runs (default: out/compare)")
     try:
         ours, theirs = parser.parse_known_args()
         if not ours.seeds.isdigit() or int(ours.seeds) < 1:
             raise BadInput(f"--seeds {ours.seeds}: not possible; give a whole number of at least 1")
-        results = {method: [result_of(parse_settings([*theirs, "--method", method, "--seed", str(seed),
-                                                      "--out", f"{ours.out}/{method}-seed{seed}"]))
-                            for seed in range(int(ours.seeds))] for method in ours.methods.split(",")}
+        settings = {method: [parse_settings([*theirs, "--method", method, "--seed", str(seed),
+                                             "--out", f"{ours.out}/{method}-seed{seed}"])
+                             for seed in range(int(ours.seeds))] for method in ours.methods.split(",")}
+        results = {method: [result_of(one) for one in each] for method, each in settings.items()}
     except BadInput as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2

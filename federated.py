@@ -1,7 +1,8 @@
 """The federation: users who learn, and a server that averages what they have in common.
 
 Between a user and the server there is one kind of message, a dictionary of generalist tensors by name. Text, batches,
-specialists, routers, gradients and optimizers stay in the `User`.
+specialists, routers, gradients and optimizers stay in the `User`. (Where the average is weighted, the server knows
+each user's weight, too.)
 
     python -m pytest tests/test_federated.py
 """

@@ -25,7 +25,7 @@ class GPTConfig:
     """All that shapes a model; the names are those of the command line."""
 
     vocab_size: int
-    block_size: int = 128
+    block_size: int = 64
     n_layer: int = 3
     n_head: int = 4
     n_embd: int = 128

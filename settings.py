@@ -74,8 +74,8 @@ class Settings:
     users: int = setting(4, "number of users", int, low=1, high=100_000)
     specialists: tuple[int, ...] = setting((1,), "specialist experts per layer", int, low=0, each_user=True)
     generalists: int = setting(1, "generalist experts per layer", int, low=0)
-    top_k: int = setting(2, "experts per token; a user with fewer uses all it has; with 1 there is no weight to learn",
-                         int, low=1)
+    top_k: int = setting(2, "experts per token; a user with fewer uses all it has; with 1 the router can't learn", int,
+                         low=1)
     method: str = setting("comigs", "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items()),
                           choices=tuple(METHODS))
     data: str = setting("builtin", f"text: {', '.join(BUILTIN)}, or a folder with a NAME.txt or a NAME/ for each user")

@@ -167,11 +167,12 @@ def table(result: dict, folder: Path) -> str:
     lines = [f"{'user':<14}{'experts':>9}{'parameters':>12}{'train kB':>10}{'test perplexity':>20}{'trigram':>9}"
              f"{'bits/byte':>11}{'to generalists':>16}"]
     for user in result["users"]:
-        share = sum(user["generalist_share"]) / len(user["generalist_share"])
+        share = f"{sum(user['generalist_share']) / len(user['generalist_share']):.0%}"
         lines.append(
             f"{user['name']:<14}{user['generalists']:>5}G {user['specialists']}S{sum(user['parameters'].values()):>12,}"
             f"{user['train_bytes'] / 1000:>10.0f}{user['test_ppl_start']:>10.1f} → {user['test_ppl']:<7.2f}"
-            f"{user['trigram_ppl']:>9.2f}{user['test_bpb']:>11.3f}{share:>15.0%}")
+            f"{user['trigram_ppl']:>9.2f}{user['test_bpb']:>11.3f}"
+            f"{share if METHODS[result['method']].routed else '–':>15}")
     lines.append(f"{'mean':<45}{'':>13}{result['mean_test_ppl']:<7.2f}{'':>9}{result['mean_test_bpb']:>11.3f}")
     lines.append(f"{result['method']}, seed {result['seed']}: {result['rounds']} rounds in {result['seconds']:.0f} s; "
                  f"users sent {result['bytes_up'] / 1e6:.1f} MB and received {result['bytes_down'] / 1e6:.1f} MB; "
@@ -193,10 +194,9 @@ def open_folder(settings: Settings) -> Path:
         if old and not settings.overwrite:
             raise BadInput(f"--out {folder}: holds a run; take another folder, or --overwrite to start anew in it")
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", config)
         for path in old:
-            if path.name != "config.json":
-                path.unlink()
+            path.unlink()
+        write_json(folder / "config.json", config)
     except OSError as error:
         raise BadInput(f"--out {folder}: {error.strerror}; take another folder") from None
     return folder
@@ -234,6 +234,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BadInput as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train.py: stopped; what was measured so far is in the run's folder", file=sys.stderr)
+        return 130
     return 0
 
 

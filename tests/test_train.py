@@ -274,7 +274,10 @@ def test_compare_runs_what_is_missing_and_averages_over_seeds(corpus, tmp_path, 
     assert f"{mean:.2f} ±" in table.splitlines()[3]
     monkeypatch.setattr(compare, "Run", None)  # nothing is missing any more
     assert compared()[:2] == (0, table)
+    assert compared("--overwrite")[0] == 0
     monkeypatch.setattr(compare, "Run", train.Run)
+    (tmp_path / "runs" / "local-seed1" / "result.json").unlink()  # broken off
+    assert compared()[:2] == (0, table)
     status, _, printed = compared("--lr", "0.5")  # other settings: the runs that are there are kept
     assert status == 2
     assert "holds a run" in printed.err
