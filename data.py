@@ -107,7 +107,7 @@ def bytes_of(documents: list[str]) -> int:
     return sum(len(document.encode()) for document in documents)
 
 
-def split(documents: Iterator[str], held_out: dict[str, int], train: int) -> Documents:
+def divide(documents: Iterator[str], held_out: dict[str, int], train: int) -> Documents:
     """The next documents: so many bytes of them for test, for validation and for training."""
     return {name: take(documents, size) for name, size in {**held_out, TRAIN: train}.items()}
 
@@ -119,7 +119,7 @@ def builtin_users(where: str, train: list[int]) -> Iterator[tuple[str, Documents
     for user, size in enumerate(train):
         turn, number = divmod(user, len(domains))
         name = list(domains)[number]
-        yield f"{name}-{turn + 1}" if turn else name, split(domains[name], HELD_OUT, size)
+        yield f"{name}-{turn + 1}" if turn else name, divide(domains[name], HELD_OUT, size)
 
 
 def folder_users(where: str, train: list[int]) -> Iterator[tuple[str, Documents]]:
@@ -161,10 +161,10 @@ def split_files(files: list[str], train: int) -> Documents:
     total = bytes_of(documents)
     held_out = {split: min(size, total // 10) for split, size in HELD_OUT.items()}
     if len(documents) >= 10 and max(bytes_of([document]) for document in documents) <= total // 10:
-        return split(iter(sorted(documents, key=shuffled)), held_out, train)
+        return divide(iter(sorted(documents, key=shuffled)), held_out, train)
     text = "\n".join(documents)
     pieces = (text[i:i + 100] for i in range(0, len(text), 100))
-    return {name: ["".join(part)] for name, part in split(pieces, held_out, train).items()}
+    return {name: ["".join(part)] for name, part in divide(pieces, held_out, train).items()}
 
 
 def read(path: Path) -> str:
