@@ -1,20 +1,26 @@
 """The network: a GPT in which every feed-forward block is a top-k mixture of experts.
 
-Read it from top to bottom: the configuration, attention, one expert, the router, the mixture, the block, the
-whole. Nothing here knows about users, rounds or levels; the model only says which role each parameter has.
+Read it from top to bottom: the configuration, low-rank changes, attention, the router, the two kinds of experts, the
+block, the loss, the whole. Nothing here knows about users, rounds or levels; the model only says which role each
+parameter has.
 
     python -m pytest tests/test_model.py
 
 Shapes: B sequences of T tokens, C channels, H heads, V vocabulary, L layers; N = B·T tokens in a row,
-E experts in a layer, k of them chosen for a token.
+E experts in a layer, k of them chosen for a token, r the rank of their changes.
 """
 
+import re
 from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import base
 
 # What a parameter is for. Averaged? Trained, and on which text? Counted? Saved? All of it is read off the role.
 BACKBONE, GENERALIST, SPECIALIST, ROUTER = ROLES = ("backbone", "generalist", "specialist", "router")
@@ -34,6 +40,8 @@ class GPTConfig:
     top_k: int = 2  # k; a model with fewer experts uses all it has
     routed: bool = True  # False: no router, every expert always has the weight 1/E
     expert: str = "mlp"  # a key of EXPERTS
+    lora_rank: int = 8  # r, of "lora"
+    gelu: str = "none"  # F.gelu's approximation; GPT-2's weights want "tanh"
     roles: dict[str, str] = field(default_factory=dict)  # a method's changes, {"specialist": "generalist"}
 
     def __post_init__(self):
@@ -48,25 +56,66 @@ class GPTConfig:
         natural = [GENERALIST] * self.generalists + [SPECIALIST] * self.specialists
         return [self.roles.get(role, role) for role in natural]
 
+    @property
+    def trunk_role(self) -> str:
+        """The role of embeddings, norms and attention, which are frozen where experts are changes of a frozen block."""
+        return BACKBONE if self.expert == "lora" else GENERALIST
+
 
 class Embedding(nn.Embedding):
-    role = GENERALIST
+    def __init__(self, n: int, config: GPTConfig):
+        super().__init__(n, config.n_embd)
+        self.role = config.trunk_role
 
 
 class Norm(nn.LayerNorm):
-    role = GENERALIST
+    def __init__(self, config: GPTConfig):
+        super().__init__(config.n_embd)
+        self.role = config.trunk_role
+
+
+class LowRank(nn.Module):
+    """A low-rank change of a linear map, α/√r · B A: (..., n_in) -> (..., n_out). B = 0 at the start: no change.
+
+    LoRA (Hu et al. 2021, section 4.1) with the scale of rsLoRA (Kalajdzievski 2023), as in the paper.
+    """
+
+    ALPHA = 16  # α
+
+    def __init__(self, n_in: int, n_out: int, rank: int, role: str):
+        super().__init__()
+        self.role = role
+        self.scale = self.ALPHA / rank ** 0.5
+        self.A = nn.Parameter(torch.empty(rank, n_in))
+        self.B = nn.Parameter(torch.empty(n_out, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.scale * F.linear(x, self.A), self.B)
+
+
+class ChangedLinear(nn.Linear):
+    """A frozen linear map with a low-rank change, which is a generalist."""
+
+    def __init__(self, n_in: int, n_out: int, config: GPTConfig):
+        super().__init__(n_in, n_out)
+        self.change = LowRank(n_in, n_out, config.lora_rank, GENERALIST)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.change(x)
 
 
 class Attention(nn.Module):
     """Causal self-attention with H heads: (B, T, C) -> (B, T, C)."""
 
-    role = GENERALIST
-
     def __init__(self, config: GPTConfig):
         super().__init__()
+        self.role = config.trunk_role
         self.n_head = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.out = nn.Linear(config.n_embd, config.n_embd)
+        C = config.n_embd
+        if config.expert == "lora":
+            self.qkv, self.out = ChangedLinear(C, 3 * C, config), ChangedLinear(C, C, config)
+        else:
+            self.qkv, self.out = nn.Linear(C, 3 * C), nn.Linear(C, C)
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
@@ -82,11 +131,12 @@ class Expert(nn.Module):
     def __init__(self, config: GPTConfig, role: str):
         super().__init__()
         self.role = role
+        self.gelu = nn.GELU(config.gelu)
         self.up = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.down = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))  # (n, C) -> (n, 4C) -> (n, C)
+        return self.down(self.gelu(self.up(x)))  # (n, C) -> (n, 4C) -> (n, C)
 
 
 class Routing(NamedTuple):
@@ -135,6 +185,19 @@ def everyone(gates: Tensor) -> Tensor:
     return torch.arange(gates.shape[1], device=gates.device).expand_as(gates)
 
 
+def by_expert(routing: Routing, E: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """All token-expert pairs, expert by expert: each pair's token (N·k,), expert (N·k,) and gate (N·k, 1), and how many
+    pairs each expert has.
+
+    gates [[.7, .3], [.6, .4]], chosen [[2, 0], [2, 1]], E = 3
+    -> tokens [0, 1, 0, 1], experts [0, 1, 2, 2], gates [.3, .4, .7, .6], counts [1, 1, 2]
+    """
+    chosen = routing.chosen.flatten()  # (N·k,), token by token
+    order = chosen.argsort(stable=True)
+    gates = routing.gates.flatten().index_select(0, order)[:, None]
+    return order // routing.chosen.shape[1], chosen[order], gates, chosen.bincount(minlength=E).tolist()
+
+
 class MLPExperts(nn.ModuleList):
     """E separate feed-forward blocks and their mixture y = Σ_{e chosen} gate_e · expert_e(x): (N, C) -> (N, C)."""
 
@@ -142,16 +205,12 @@ class MLPExperts(nn.ModuleList):
         super().__init__(Expert(config, role) for role in config.expert_roles)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        E, k = len(self), routing.chosen.shape[1]
-        if k == E:  # everyone works for every token: nothing to dispatch
+        if routing.chosen.shape[1] == len(self):  # everyone works for every token: nothing to dispatch
             return sum(gate[:, None] * expert(x) for gate, expert in zip(routing.gates.unbind(1), self, strict=True))
-        order = routing.chosen.flatten().argsort(stable=True)  # (N·k,) token-expert pairs, expert by expert
-        counts = routing.chosen.flatten().bincount(minlength=E).tolist()  # pairs of each expert; may be 0
-        token = order // k  # (N·k,) the token of each pair
+        token, _, gates, counts = by_expert(routing, len(self))
         inputs = x.index_select(0, token).split(counts)  # E × (n_e, C)
         outputs = torch.cat([expert(x_e) for expert, x_e in zip(self, inputs, strict=True)])  # (N·k, C)
-        gates = routing.gates.flatten().index_select(0, order)  # (N·k,)
-        return torch.zeros_like(x).index_add(0, token, gates[:, None] * outputs)
+        return torch.zeros_like(x).index_add(0, token, gates * outputs)
 
 
 def dense_gates(routing: Routing, E: int) -> Tensor:
@@ -162,7 +221,82 @@ def dense_gates(routing: Routing, E: int) -> Tensor:
     return routing.gates.new_zeros(len(routing.gates), E).scatter(1, routing.chosen, routing.gates)
 
 
-EXPERTS = {"mlp": MLPExperts}  # kinds of experts: a module (x, routing) -> y
+class LoRAExpert(nn.Module):
+    """One expert: low-rank changes of both matrices of a feed-forward block."""
+
+    def __init__(self, config: GPTConfig, role: str):
+        super().__init__()
+        C, r = config.n_embd, config.lora_rank
+        self.up, self.down = LowRank(C, 4 * C, r, role), LowRank(4 * C, C, r, role)
+
+
+class LoRAExperts(nn.Module):
+    """E low-rank changes of one frozen feed-forward block U, D, and their mixture: (N, C) -> (N, C).
+
+        expert_e(x) = (D + s·B'_e A'_e) h_e,    h_e = gelu((U + s·B_e A_e) x),    s = α/√r
+        y = Σ gate_e · expert_e(x) = D Σ gate_e·h_e + Σ s·B'_e (A'_e gate_e·h_e),    over the chosen e
+
+    The frozen U and D are applied once to a token, however many experts it goes to.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.block = Expert(config, BACKBONE)
+        self.changes = nn.ModuleList(LoRAExpert(config, role) for role in config.expert_roles)
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        ups, downs = [change.up for change in self.changes], [change.down for change in self.changes]
+        N, E, r, s = len(x), len(ups), len(ups[0].A), ups[0].scale
+        token, expert, gates, counts = by_expert(routing, E)
+        own = token * E + expert  # (N·k,) the row of each pair among those of all N·E
+        z = F.linear(x, torch.cat([up.A for up in ups])).view(N * E, r).index_select(0, own)  # (N·k, r)
+        hidden, z = ChangedHidden.apply(  # (N, 4C), (N·k, r)
+            self.block.up(x), s * z, gates, token, counts, self.block.gelu,
+            torch.stack([up.B for up in ups]), torch.stack([down.A for down in downs]))
+        z = z.new_zeros(N * E, r).index_add(0, own, s * z).view(N, E * r)
+        return self.block.down(hidden) + F.linear(z, torch.cat([down.B for down in downs], 1))
+
+
+class ChangedHidden(torch.autograd.Function):
+    """Σ gate_e·h_e and A_e (gate_e·h_e) of the hidden activations h_e = gelu(up + B_e z_e), over a token's experts e.
+
+    up (N, 4C), z (N·k, r), gates (N·k, 1), token (N·k,), B (E, 4C, r), A (E, r, 4C) -> (N, 4C), (N·k, r); pairs stand
+    as in by_expert. The gradients are written by hand, an expert at a time, because this is where autograd would make
+    and keep many tensors of N·k·4C numbers. Kept is u; h is made anew.
+    """
+
+    @staticmethod
+    def forward(ctx, up, z, gates, token, counts, gelu, B, A):
+        z, gates, B, A = (tensor.to(up.dtype) for tensor in (z, gates, B, A))
+        u, hidden, low = up.index_select(0, token), torch.zeros_like(up), torch.empty_like(z)
+        rows = [slice(end - n, end) for n, end in zip(counts, accumulate(counts), strict=True)]  # of each expert
+        for e, own in enumerate(rows):
+            h = gelu(u[own].addmm_(z[own], B[e].t())).mul_(gates[own])  # (n_e, 4C)
+            hidden.index_add_(0, token[own], h)
+            low[own] = h @ A[e].t()
+        ctx.save_for_backward(u, z, gates, token, B, A)
+        ctx.rows, ctx.gelu = rows, gelu
+        return hidden, low
+
+    @staticmethod
+    def backward(ctx, d_hidden, d_low):
+        u, z, gates, token, B, A = ctx.saved_tensors
+        d_up, d_z, d_gates, d_B, d_A = map(torch.zeros_like, (d_hidden, z, gates, B, A))
+        for e, own in enumerate(ctx.rows):
+            u_e = u[own].requires_grad_()
+            with torch.enable_grad():
+                h = ctx.gelu(u_e)
+            d_h = d_hidden.index_select(0, token[own]).addmm_(d_low[own], A[e])  # (n_e, 4C), of gate·h
+            d_gates[own] = (d_h * h).sum(1, keepdim=True)
+            d_A[e] = (gates[own] * d_low[own]).t() @ h
+            d_u, = torch.autograd.grad(h, u_e, d_h.mul_(gates[own]))
+            d_up.index_add_(0, token[own], d_u)
+            d_z[own] = d_u @ B[e]
+            d_B[e] = (z[own].t() @ d_u).t()
+        return d_up, d_z, d_gates, None, None, None, d_B, d_A
+
+
+EXPERTS = {"mlp": MLPExperts, "lora": LoRAExperts}  # kinds of experts: a module (x, routing) -> y
 
 
 class MoE(nn.Module):
@@ -184,9 +318,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.attention_norm = Norm(config.n_embd)
+        self.attention_norm = Norm(config)
         self.attention = Attention(config)
-        self.moe_norm = Norm(config.n_embd)
+        self.moe_norm = Norm(config)
         self.moe = MoE(config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
@@ -195,33 +329,111 @@ class Block(nn.Module):
         return x + y, routing
 
 
+class HeadLoss(torch.autograd.Function):
+    """The mean cross-entropy of a head's logits, a chunk of positions at a time, so that they never exist all at once.
+
+    hidden (N, C), weight (V, C), targets (N,) -> () in nats. The gradients are made along with the loss, while a
+    chunk's logits are there: ∂loss/∂logits = (softmax(logits) − onehot(target)) / N. A frozen head gets none.
+    """
+
+    LOGITS = 2 ** 24  # in a chunk, at most
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        learns, head_learns = ctx.needs_input_grad[:2]  # in evaluation, hidden states need no gradient
+        loss, d_hidden = hidden.new_zeros(()), torch.zeros_like(hidden)
+        d_weight = torch.zeros_like(weight) if head_learns else None
+        rows = max(1, HeadLoss.LOGITS // len(weight))
+        for h, dh, target in zip(hidden.split(rows), d_hidden.split(rows), targets[:, None].split(rows), strict=True):
+            log_p = F.log_softmax(F.linear(h, weight), 1, dtype=h.dtype)  # (n, V)
+            loss -= log_p.gather(1, target).sum()
+            if learns:
+                d_logits = log_p.exp_().scatter_add_(1, target, -torch.ones_like(h[:, :1]))
+                dh += d_logits @ weight
+                if head_learns:
+                    d_weight += d_logits.t() @ h
+        ctx.save_for_backward(d_hidden, d_weight)
+        return loss / len(hidden)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        d_hidden, d_weight = ctx.saved_tensors
+        scale = gradient / len(d_hidden)  # the mean's 1/N
+        return scale * d_hidden, None if d_weight is None else scale * d_weight, None
+
+
+GPT2_NAMES = {
+    "tokens": "wte", "positions": "wpe", "norm": "ln_f", "attention_norm": "ln_1", "attention.qkv": "attn.c_attn",
+    "attention.out": "attn.c_proj", "moe_norm": "ln_2", "up": "mlp.c_fc", "down": "mlp.c_proj",
+}
+
+
+def gpt2_name(name: str) -> str | None:
+    """What GPT-2 calls a parameter; None for those that it doesn't have. All experts are its one feed-forward block.
+
+    gpt2_name("blocks.3.moe.experts.0.up.bias") -> "h.3.mlp.c_fc.bias"
+    """
+    match = re.fullmatch(r"(?:blocks\.(\d+)\.)?(?:moe\.experts\.\w+\.)?([\w.]+)\.(weight|bias)", name)
+    if match is None or match[2] not in GPT2_NAMES:
+        return None
+    layer, part, kind = match.groups()
+    return f"{f'h.{layer}.' if layer else ''}{GPT2_NAMES[part]}.{kind}"
+
+
 class GPT(nn.Module):
     """The language model of one user.
 
     model(idx) -> (logits (B, T, V), None); model(idx, targets) -> (None, mean cross-entropy in nats).
-    idx and targets: (B, T) token numbers, T at most `block_size`. `generator` draws the initial weights.
+    idx and targets: (B, T) token numbers, T at most `block_size`. `generator` draws the initial weights that `base`
+    doesn't give: tensors under GPT-2's names, as in base.Base. Frozen ones are taken as they are, so that models on
+    the same base hold them once; of all others the model gets a copy.
     """
 
-    def __init__(self, config: GPTConfig, generator: torch.Generator | None = None):
+    def __init__(self, config: GPTConfig, generator: torch.Generator | None = None,
+                 base: dict[str, Tensor] | None = None):
         super().__init__()
         self.config = config
-        self.tokens = Embedding(config.vocab_size, config.n_embd)  # also the head: tied
-        self.positions = Embedding(config.block_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = Norm(config.n_embd)
-        self.initialize(generator)
+        with torch.device("meta"):  # shapes only; `initialize` brings the numbers
+            self.tokens = Embedding(config.vocab_size, config)  # also the head: tied
+            self.positions = Embedding(config.block_size, config)
+            self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+            self.norm = Norm(config)
         self.roles = self.find_roles()
+        self.initialize(generator, base or {})
 
-    @torch.no_grad()
-    def initialize(self, generator: torch.Generator | None) -> None:
-        """GPT-2's start: weights N(0, 0.02), those that write into the residual stream divided by √(2L), biases 0."""
+    @classmethod
+    def from_pretrained(cls, name_or_file: str | Path, generator: torch.Generator | None = None,
+                        **overrides) -> "GPT":
+        """A model that starts as a pretrained one: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a file (see base.load).
+
+        overrides: fields of GPTConfig, such as expert="lora". The first logits are the base's, whatever the experts.
+        Raises ValueError, one line, where there is no such model.
+        """
+        start = base.load(name_or_file, overrides.get("block_size"), overrides.get("n_head"))
+        return cls(GPTConfig(**start.config | overrides), generator, start.tensors)
+
+    def initialize(self, generator: torch.Generator | None, base: dict[str, Tensor]) -> None:
+        """Every parameter's first numbers: the base's, else `fresh` ones."""
+        numbers = {}
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                writes = name.endswith(("out.weight", "down.weight"))
-                std = 0.02 / (2 * self.config.n_layer) ** 0.5 if writes else 0.02
-                parameter.normal_(0, std, generator=generator)
-            elif name.endswith("bias"):
-                parameter.zero_()
+            source = base and gpt2_name(name)
+            if not source:
+                numbers[name] = self.fresh(name, parameter.shape, generator)
+            else:
+                numbers[name] = base[source] if self.roles[name] == BACKBONE else base[source].detach().clone()
+            parameter.requires_grad_(self.roles[name] != BACKBONE)
+        self.load_state_dict(numbers, assign=True)
+
+    def fresh(self, name: str, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
+        """GPT-2's start: weights N(0, 0.02), those that write into the residual stream divided by √(2L), biases 0,
+        norms 1; and the B of low-rank changes 0."""
+        if len(shape) == 1:
+            return torch.full(shape, float(name.endswith("weight")))
+        if name.endswith(".B"):
+            return torch.zeros(shape)
+        writes = name.endswith(("out.weight", "down.weight"))
+        return torch.empty(shape).normal_(0, 0.02 / (2 * self.config.n_layer) ** 0.5 if writes else 0.02,
+                                          generator=generator)
 
     def find_roles(self) -> dict[str, str]:
         """Every parameter's name -> its one role: that of the innermost part around it, and there must be one."""
@@ -254,7 +466,7 @@ class GPT(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of targets (B, T), given hidden states (B, T, C)."""
-        return F.cross_entropy(self.logits(hidden).flatten(0, 1), targets.flatten())
+        return HeadLoss.apply(hidden.flatten(0, 1), self.tokens.weight, targets.flatten())
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         hidden, _ = self.trunk(idx)
