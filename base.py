@@ -17,7 +17,7 @@ NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
 PREFIX = "transformer."  # before every name, where the whole GPT2LMHeadModel was saved
 REMEDY = "give a file of tensors under Hugging Face's GPT-2 names"
-UNUSED = ("attn.bias", "attn.masked_bias", "lm_head.weight")  # causal masks, and the head, which is wte again
+UNUSED = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # causal masks, and the head, which is wte again
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Base:
     sha256: str  # of the file
     tensors: dict[str, nn.Parameter]  # under GPT-2's names
     config: dict[str, int | str]  # fields of model.GPTConfig
-    tokenizer: str
+    tokenizer: str | None  # None: the file doesn't say
 
 
 def shapes(V: int, T: int, L: int, C: int) -> dict[str, tuple[int, ...]]:
@@ -60,7 +60,7 @@ def load(name_or_file: str | Path, block_size: int | None = None, n_head: int | 
     """
     path, content = fetch(name_or_file) if name_or_file in NAMES else read(Path(name_or_file))
     ours = isinstance(content, dict) and {"model", "config", "tokenizer"} <= content.keys()
-    known = content if ours else {"model": content, "config": {"gelu": "tanh"}, "tokenizer": "gpt2"}
+    known = content if ours else {"model": content, "config": {"gelu": "tanh"}, "tokenizer": None}
     try:
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in known["model"].items()}
         (V, C), T = tensors["wte.weight"].shape, len(tensors["wpe.weight"])
@@ -86,7 +86,7 @@ def load(name_or_file: str | Path, block_size: int | None = None, n_head: int | 
     frozen = {name: nn.Parameter(turn(name, tensors.pop(name).float()), False) for name in wanted}
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    config = {"vocab_size": V, "block_size": T, "n_layer": len(wanted) // 12, "n_head": heads, "n_embd": C, "gelu": gelu}
+    config = dict(vocab_size=V, block_size=T, n_layer=len(wanted) // 12, n_head=heads, n_embd=C, gelu=gelu)
     return Base(str(name_or_file), sha256, frozen, config, tokenizer)
 
 
@@ -115,4 +115,4 @@ def read(path: Path) -> tuple[Path, object]:
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; give a file, or one of {', '.join(NAMES)}") from None
     except Exception as error:  # a foreign file can fail in any way
-        raise ValueError(f"{path}: can't be read as tensors ({type(error).__name__}), cut off or none; {REMEDY}") from None
+        raise ValueError(f"{path}: can't be read as tensors ({type(error).__name__}); {REMEDY}") from None

@@ -9,6 +9,7 @@ neither do the shards of users who share a domain. Sizes are in bytes of UTF-8; 
 
 import hashlib
 import importlib.util
+import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,22 +38,26 @@ def shuffled(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
-def source_files(package: str, pattern: str, without: str = "//") -> Iterator[str]:
-    """The files of an installed package, which isn't imported, but for paths that contain `without`."""
-    root = Path(importlib.util.find_spec(package).origin).parent
+def package(name: str) -> Path:
+    """The folder of an installed package, which isn't imported."""
+    return Path(importlib.util.find_spec(name).origin).parent
+
+
+def source_files(root: Path, pattern: str, without: tuple[str, ...] = ()) -> Iterator[str]:
+    """The files of a folder, but for paths that contain one of `without`."""
     for name in sorted((path.relative_to(root).as_posix() for path in root.glob(pattern)), key=shuffled):
-        if without not in name:
+        if not any(part in name for part in without):
             yield (root / name).read_text(encoding="utf-8", errors="replace")
 
 
 def headers() -> Iterator[str]:
     """PyTorch's C++ headers, without the thousands that were generated from one template."""
-    return source_files("torch", "include/**/*.h", without="ATen/ops/")
+    return source_files(package("torch"), "include/**/*.h", without=("ATen/ops/",))
 
 
 def operators() -> Iterator[str]:
     """PyTorch's operators: an entry of native_functions.yaml is a document."""
-    text = next(source_files("torchgen", "packaged/ATen/native/native_functions.yaml"))
+    text = next(source_files(package("torchgen"), "packaged/ATen/native/native_functions.yaml"))
     yield from sorted(text.split("\n\n"), key=shuffled)
 
 
@@ -62,8 +67,19 @@ def manual() -> Iterator[str]:
     yield from (topics[name] for name in sorted(topics, key=shuffled))
 
 
-def python(package: str) -> Callable[[], Iterator[str]]:
-    return lambda: source_files(package, "**/*.py")
+def python(name: str) -> Callable[[], Iterator[str]]:
+    return lambda: source_files(package(name), "**/*.py")
+
+
+def public() -> Iterator[str]:
+    """The Python sources of the standard library and numpy, which no user holds, for the pretraining of a base.
+
+    Left out are the manual, which is a user's; what setuptools has copies of, likewise; and tests.
+    """
+    without = ("site-packages/", "dist-packages/", "pydoc_data/", "distutils/", "importlib/", "test")
+    library = source_files(Path(sysconfig.get_paths()["stdlib"]), "**/*.py", without)
+    numpy = source_files(package("numpy"), "**/*.py", ("test",))
+    yield from sorted((*library, *numpy), key=shuffled)
 
 
 BUILTIN = {
@@ -71,7 +87,7 @@ BUILTIN = {
         "cpp": headers, "yaml": operators, "english": manual, "sympy": python("sympy"),
     },
     "builtin-python": {  # four that share much
-        package: python(package) for package in ("sympy", "networkx", "torch", "setuptools")
+        name: python(name) for name in ("sympy", "networkx", "torch", "setuptools")
     },
 }
 
@@ -112,10 +128,13 @@ def divide(documents: Iterator[str], held_out: dict[str, int], train: int) -> Do
     return {name: take(documents, size) for name, size in {**held_out, TRAIN: train}.items()}
 
 
+def excerpts(documents: Iterable[str]) -> Iterator[str]:
+    return distinct(document[:EXCERPT] for document in documents)
+
+
 def builtin_users(where: str, train: list[int]) -> Iterator[tuple[str, Documents]]:
     """Users named after the domains; in a second turn `cpp-2`, ..., from the documents that are left, and so on."""
-    domains = {name: distinct(document[:EXCERPT] for document in documents())
-               for name, documents in BUILTIN[where].items()}
+    domains = {name: excerpts(documents()) for name, documents in BUILTIN[where].items()}
     for user, size in enumerate(train):
         turn, number = divmod(user, len(domains))
         name = list(domains)[number]
@@ -221,7 +240,7 @@ def load(where: str, users: int, train_kb: list[float] | None = None, target: st
 
     where: `builtin`, `builtin-python` or a folder. train_kb: of each user; None takes all there is of a folder, and
     BUILTIN_TRAIN_KB of a builtin. target: `own`, or `mixed` for validation and test text from all users alike.
-    Raises BadInput, also where a split doesn't fill one window of block_size + 1 tokens.
+    Raises BadInput.
     """
     tokens = tokenizer(encoding)
     if train_kb is None and where not in BUILTIN:
@@ -238,16 +257,22 @@ def load(where: str, users: int, train_kb: list[float] | None = None, target: st
             raise BadInput(f"--train-kb {size / 1000:g}: user {name} has only {got / 1000:.0f} kB of training text; "
                            "give less, or fewer --users")
     mixed = mix([documents for _, documents in named]) if target == "mixed" else {}
-    texts = []
-    for name, own in named:
-        documents = own | mixed
-        splits = {split: encode(documents[split], tokens) for split in SPLITS}
-        for split, tensor in splits.items():
-            if len(tensor) <= block_size:
-                raise BadInput(f"--data {where}: the {split} text of user {name} has {len(tensor)} tokens, fewer than "
-                                f"a window of --block-size {block_size} needs; add text or take a smaller window")
-        texts.append(Text(name, **splits, train_bytes=bytes_of(documents[TRAIN]), test_bytes=bytes_of(documents[TEST])))
-    return texts
+    return [as_tokens(name, own | mixed, tokens, block_size) for name, own in named]
+
+
+def load_public(encoding: str = "bytes", block_size: int = 64) -> Text:
+    """The text that a base is pretrained on. Raises BadInput as `load`."""
+    return as_tokens("public", divide(excerpts(public()), HELD_OUT, EVERYTHING), tokenizer(encoding), block_size)
+
+
+def as_tokens(name: str, documents: Documents, tokens: tiktoken.Encoding, block_size: int) -> Text:
+    """Raises BadInput where a split doesn't fill one window of block_size + 1 tokens."""
+    splits = {split: encode(documents[split], tokens) for split in SPLITS}
+    for split, tensor in splits.items():
+        if len(tensor) <= block_size:
+            raise BadInput(f"--block-size {block_size}: the {split} text of user {name} has {len(tensor)} tokens, too "
+                           "few for one window and its last target; add text or take a smaller window")
+    return Text(name, **splits, train_bytes=bytes_of(documents[TRAIN]), test_bytes=bytes_of(documents[TEST]))
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

@@ -362,6 +362,11 @@ class HeadLoss(torch.autograd.Function):
         return scale * d_hidden, None if d_weight is None else scale * d_weight, None
 
 
+def precision(x: Tensor) -> torch.autocast:
+    """bfloat16 for matrix products on a GPU; on a CPU everything stays as it is."""
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda)
+
+
 GPT2_NAMES = {
     "tokens": "wte", "positions": "wpe", "norm": "ln_f", "attention_norm": "ln_1", "attention.qkv": "attn.c_attn",
     "attention.out": "attn.c_proj", "moe_norm": "ln_2", "up": "mlp.c_fc", "down": "mlp.c_proj",
@@ -456,9 +461,10 @@ class GPT(nn.Module):
         assert self.config.block_size >= T, f"{T} tokens are more than block_size {self.config.block_size}"
         x = self.tokens(idx) + self.positions.weight[:T]  # (B, T, C)
         routings = []
-        for block in self.blocks:
-            x, routing = block(x)
-            routings.append(routing)
+        with precision(x):
+            for block in self.blocks:
+                x, routing = block(x)
+                routings.append(routing)
         return self.norm(x), routings
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -466,7 +472,8 @@ class GPT(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of targets (B, T), given hidden states (B, T, C)."""
-        return HeadLoss.apply(hidden.flatten(0, 1), self.tokens.weight, targets.flatten())
+        with precision(hidden):
+            return HeadLoss.apply(hidden.flatten(0, 1), self.tokens.weight, targets.flatten())
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         hidden, _ = self.trunk(idx)

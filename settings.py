@@ -9,8 +9,10 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
+import base
 from data import BUILTIN, BUILTIN_TRAIN_KB, BadInput
 from methods import METHODS
+from model import EXPERTS
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,44 @@ def setting(default, help: str, kind: type = str, **values):
     return field(default=default, metadata=dict(help=help, kind=kind, **values))
 
 
+SCRATCH = dict(n_layer=3, n_head=4, n_embd=128)  # the shape, where no base decides
+
+
 @dataclass
-class Settings:
+class Training:
+    """What training any model needs. Raises BadInput."""
+
+    batch_size: int = setting(8, "windows in a batch", int, low=1)
+    block_size: int = setting(64, "tokens in a window", int, low=1)
+    lr: float = setting(6e-3, "experts' learning rate at its highest", float, above=0)
+    warmup: int = setting(100, "expert steps up to the highest learning rate, at most a fifth of all", int, low=0)
+    weight_decay: float = setting(0.1, "of AdamW, for the experts", float, low=0)
+    n_layer: int | None = setting(None, "layers; default: 3, or the base's", int, low=1)
+    n_head: int | None = setting(None, "attention heads; default: 4, or the base's, or of 64 channels each", int, low=1)
+    n_embd: int | None = setting(None, "channels; default: 128, or the base's", int, low=1)
+    seed: int = setting(0, "of everything random", int, low=0)
+    device: str = setting("cpu", "cpu, cuda (in bfloat16), cuda:1, mps, ...")
+    compile: bool = setting(False, "compile the models with torch.compile", bool)
+    overwrite: bool = setting(False, "start anew in a folder that holds a run", bool)
+
+    def __post_init__(self):
+        for name, flag in flags(type(self)).items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            flag.check(value)
+            if flag.each_user and len(value) not in (1, self.users):
+                flag.refuse(value, f"{len(value)} numbers for {self.users} users", "give one, or one per user")
+            if flag.each_user and len(value) == 1:
+                setattr(self, name, value * self.users)
+        try:
+            torch.zeros(1, device=self.device).item()
+        except (RuntimeError, AssertionError, ImportError):
+            raise BadInput(f"--device {self.device}: this machine has no such device; take cpu") from None
+
+
+@dataclass
+class Settings(Training):
     """One run. Values that are given once for all users are repeated for each. Raises BadInput."""
 
     users: int = setting(4, "number of users", int, low=1, high=100_000)
@@ -84,52 +122,43 @@ class Settings:
     train_kb: tuple[float, ...] | None = setting(
         None, f"training text in kB; default: {BUILTIN_TRAIN_KB} of a builtin, of a folder all there is", float,
         above=0, each_user=True)
-    tokenizer: str = setting("bytes", "what a token is", choices=("bytes", "gpt2"))
+    expert: str = setting("mlp", "mlp: feed-forward blocks; lora: low-rank changes of the base's, which is frozen",
+                          choices=tuple(EXPERTS))
+    lora_rank: tuple[int, ...] = setting((8,), "rank of the changes; methods that average them need one for all", int,
+                                         low=1, each_user=True)
+    init_from: str = setting("scratch", f"where weights start: scratch, {', '.join(base.NAMES)}, or a file such as "
+                                        "pretrain.py writes")
+    tokenizer: str | None = setting(None, "what a token is; default: bytes, or the base's", choices=("bytes", "gpt2"))
     average: str = setting("uniform", "a user's weight in the average: the same, or its number of training tokens",
                            choices=("uniform", "tokens"))
     rounds: int = setting(64, "communication rounds", int, low=1)
     local_steps: int = setting(10, "expert steps of a user in a round", int, low=1)
     router_every: int = setting(30, "expert steps between two visits to the router", int, low=1)
     router_steps: int = setting(5, "router steps in such a visit", int, low=0)
-    batch_size: int = setting(8, "windows in a batch", int, low=1)
-    block_size: int = setting(64, "tokens in a window", int, low=1)
-    lr: float = setting(6e-3, "experts' learning rate at its highest", float, above=0)
     router_lr: float = setting(3e-3, "routers' learning rate", float, above=0)
-    warmup: int = setting(100, "expert steps up to the highest learning rate, at most a fifth of all", int, low=0)
-    weight_decay: float = setting(0.1, "of AdamW, for the experts", float, low=0)
-    n_layer: int = setting(3, "layers", int, low=1)
-    n_head: int = setting(4, "attention heads", int, low=1)
-    n_embd: int = setting(128, "channels", int, low=1)
-    seed: int = setting(0, "of everything random", int, low=0)
-    device: str = setting("cpu", "cpu, cuda, cuda:1, mps, ...")
-    compile: bool = setting(False, "compile the models with torch.compile", bool)
     eval_every: int = setting(16, "rounds between evaluations on validation text", int, low=1)
     out: str | None = setting(None, "folder of the run; default: a new one under out/")
-    overwrite: bool = setting(False, "start anew in a folder that holds a run", bool)
 
     def __post_init__(self):
-        for name, flag in flags().items():
-            value = getattr(self, name)
-            if value is None:
-                continue
-            flag.check(value)
-            if flag.each_user and len(value) not in (1, self.users):
-                flag.refuse(value, f"{len(value)} numbers for {self.users} users", "give one, or one per user")
-            if flag.each_user and len(value) == 1:
-                setattr(self, name, value * self.users)
-        if self.n_embd % self.n_head:
-            raise BadInput(f"--n-embd {self.n_embd}: not divisible by --n-head {self.n_head}; change one of them")
+        super().__post_init__()
         if self.generalists + min(self.specialists) == 0:
             raise BadInput("--generalists 0: a user with --specialists 0 has no expert; give either at least 1")
-        try:
-            torch.zeros(1, device=self.device).item()
-        except (RuntimeError, AssertionError, ImportError):
-            raise BadInput(f"--device {self.device}: this machine has no such device; take cpu") from None
+        if self.expert == "lora" and self.init_from == "scratch":
+            raise BadInput("--expert lora: changes a base, and --init-from scratch has none; give --init-from a file")
 
 
-def flags() -> dict[str, Flag]:
-    """Each field's name -> its flag."""
-    return {f.name: Flag("--" + f.name.replace("_", "-"), **f.metadata) for f in fields(Settings)}
+@dataclass
+class Pretraining(Training):
+    """The training of a base. Raises BadInput."""
+
+    steps: int = setting(8000, "training steps", int, low=1)
+    out: str = setting("out/base", "folder for base.pt")
+
+
+def flags(kind: type) -> dict[str, Flag]:
+    """Each field's name -> its flag, of a kind of settings; its own fields come first."""
+    own_first = sorted(fields(kind), key=lambda f: f.name not in kind.__annotations__)
+    return {f.name: Flag("--" + f.name.replace("_", "-"), **f.metadata) for f in own_first}
 
 
 class Parser(argparse.ArgumentParser):
@@ -137,17 +166,18 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; see --help")
 
 
-def parse_settings(arguments: list[str] | None = None) -> Settings:
-    """The settings of a command line; None: of this process. Raises BadInput."""
-    parser = Parser(description="One run of one method.", allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for name, flag in flags().items():
+def parse_settings(arguments: list[str] | None = None, kind: type = Settings) -> Training:
+    """The settings, of some kind, of a command line; None: of this process. Raises BadInput."""
+    parser = Parser(description=kind.__doc__.split(". ")[0] + ".", allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
+    for name, flag in flags(kind).items():
         if flag.kind is bool:
             parser.add_argument(flag.name, action="store_true", help=flag.help)
         else:
-            default = getattr(Settings, name)
+            default = getattr(kind, name)
             text = ",".join(map(str, default)) if flag.each_user and default else default
             values = "LIST" if flag.each_user else "|".join(flag.choices) or flag.kind.__name__.upper()
             parser.add_argument(flag.name, metavar=values,
                                 help=flag.help + (f" (default: {text})" if text is not None else ""))
     given = vars(parser.parse_args(arguments))
-    return Settings(**{name: flag.parse(given[name]) for name, flag in flags().items() if name in given})
+    return kind(**{name: flag.parse(given[name]) for name, flag in flags(kind).items() if name in given})

@@ -16,7 +16,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy
@@ -24,13 +24,15 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
+import base
 import data
+from base import Base
 from bilevel import Alternation, Level, constant, cosine, evaluate
 from data import BadInput, Text
 from federated import Server, User, federated_round
 from methods import METHODS
 from model import GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig
-from settings import Settings, parse_settings
+from settings import SCRATCH, Settings, Training, flags, parse_settings
 
 DIVERGED = 100.0  # nats; guessing at random costs less than 11, with GPT-2's vocabulary
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "result.json")
@@ -38,27 +40,52 @@ RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "result.json")
 
 # --- from settings to users ------------------------------------------------------------------------------------------
 
-def build_model(settings: Settings, specialists: int, owner: str) -> GPT:
-    """The model of one owner, with initial weights of its own."""
+def blank(settings: Training, tokenizer: str) -> Base:
+    """Where a model from scratch starts: a shape without tensors."""
+    shape = {name: getattr(settings, name) or default for name, default in SCRATCH.items()}
+    if shape["n_embd"] % shape["n_head"]:
+        raise BadInput(f"--n-embd {shape['n_embd']}: not divisible by --n-head {shape['n_head']}; change one of them")
+    config = {"vocab_size": data.tokenizer(tokenizer).n_vocab, "block_size": settings.block_size, **shape}
+    return Base("scratch", "", {}, config, tokenizer)
+
+
+def starting_point(settings: Settings) -> Base:
+    """Where the models start: a pretrained GPT, or from scratch. Raises BadInput."""
+    if settings.init_from == "scratch":
+        return blank(settings, settings.tokenizer or "bytes")
+    for name in ("n_layer", "n_embd"):
+        if getattr(settings, name):
+            flags(Settings)[name].refuse(getattr(settings, name), "--init-from has its own", "leave it out")
+    try:
+        start = base.load(settings.init_from, settings.block_size, settings.n_head)
+    except ValueError as error:
+        raise BadInput(f"--init-from {error}") from None
+    tokenizer = settings.tokenizer or start.tokenizer or "gpt2"
+    if tokenizer != (start.tokenizer or tokenizer) or data.tokenizer(tokenizer).n_vocab > start.config["vocab_size"]:
+        raise BadInput(f"--tokenizer {tokenizer}: not the one that --init-from {settings.init_from} was trained with; "
+                       "take the other")
+    return replace(start, tokenizer=tokenizer)
+
+
+def build_model(settings: Settings, start: Base, specialists: int, rank: int, owner: str) -> GPT:
+    """The model of one owner, with initial weights of its own where the start gives none."""
     method = METHODS[settings.method]
-    config = GPTConfig(vocab_size=data.tokenizer(settings.tokenizer).n_vocab, block_size=settings.block_size,
-                       n_layer=settings.n_layer, n_head=settings.n_head, n_embd=settings.n_embd,
-                       generalists=settings.generalists, specialists=specialists, top_k=settings.top_k,
-                       routed=method.routed, roles=method.roles)
-    model = GPT(config, data.seeded(settings.seed, owner, "weights")).to(settings.device)
+    config = GPTConfig(**start.config, generalists=settings.generalists, specialists=specialists,
+                       top_k=settings.top_k, expert=settings.expert, lora_rank=rank, routed=method.routed,
+                       roles=method.roles)
+    model = GPT(config, data.seeded(settings.seed, owner, "weights"), start.tensors).to(settings.device)
     if settings.compile:
         model.compile()
     return model
 
 
-def build_user(settings: Settings, name: str, specialists: int, texts: list[Text]) -> User:
+def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> User:
     """A user with the text of one, or, for pooled methods, of all."""
     def batches(split: str) -> data.RandomWindows:
         return data.RandomWindows([getattr(text, split) for text in texts],
                                   [data.seeded(settings.seed, text.name, split) for text in texts],
                                   settings.batch_size, settings.block_size, settings.device)
 
-    model = build_model(settings, specialists, name)
     steps = settings.rounds * settings.local_steps
     lower = Level(model.having(GENERALIST, SPECIALIST), batches("train"), settings.lr, settings.weight_decay,
                   cosine(steps, min(settings.warmup, steps // 5)))
@@ -68,14 +95,18 @@ def build_user(settings: Settings, name: str, specialists: int, texts: list[Text
     return User(name, model, lower, upper, weight)
 
 
-def build(settings: Settings, texts: list[Text]) -> tuple[Server, list[User]]:
+def build(settings: Settings, start: Base, texts: list[Text]) -> tuple[Server, list[User]]:
     """The server, and the users: one for each text, or a single one for all if the method pools them."""
-    largest = max(settings.specialists)
-    server = Server(build_model(settings, largest, "server").having(GENERALIST))
+    largest = max(settings.specialists), max(settings.lora_rank)
+    server = Server(build_model(settings, start, *largest, "server").having(GENERALIST))
     if METHODS[settings.method].pooled:
-        return server, [build_user(settings, "everyone", largest, texts)]
-    return server, [build_user(settings, text.name, specialists, [text])
-                    for text, specialists in zip(texts, settings.specialists, strict=True)]
+        return server, [build_user(settings, "everyone", build_model(settings, start, *largest, "everyone"), texts)]
+    sizes = zip(settings.specialists, settings.lora_rank, strict=True)
+    models = [build_model(settings, start, *size, text.name) for text, size in zip(texts, sizes, strict=True)]
+    if server.generalists and settings.expert == "lora" and len(set(settings.lora_rank)) > 1:
+        flags(Settings)["lora_rank"].refuse(
+            settings.lora_rank, f"--method {settings.method} averages the users' changes", "give one rank for all")
+    return server, [build_user(settings, text.name, model, [text]) for text, model in zip(texts, models, strict=True)]
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -86,12 +117,13 @@ class Run:
     def __init__(self, settings: Settings):
         self.start = time.perf_counter()
         self.settings = settings
-        self.texts = data.load(settings.data, settings.users, settings.train_kb, settings.target, settings.tokenizer,
+        self.base = starting_point(settings)
+        self.texts = data.load(settings.data, settings.users, settings.train_kb, settings.target, self.base.tokenizer,
                                settings.block_size)
-        self.server, self.users = build(settings, self.texts)
+        self.server, self.users = build(settings, self.base, self.texts)
         pooled = METHODS[settings.method].pooled
         self.learners = self.users * len(self.texts) if pooled else self.users  # whose model a text is tested on
-        self.folder = open_folder(settings)
+        self.folder = open_folder(settings, self.base)
 
     def play(self) -> dict:
         """Returns what result.json holds."""
@@ -135,7 +167,7 @@ class Run:
             for text, user, (loss, share) in zip(self.texts, self.learners, self.measure("valid"), strict=True)]
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.writelines(lines)
-        state = checkpoint(self.settings, self.server, self.users) | {"round": number, "test_start": before}
+        state = checkpoint(self.settings, self.base, self.server, self.users) | {"round": number, "test_start": before}
         write(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def summarize(self, before: list, after: list) -> dict:
@@ -182,13 +214,14 @@ def table(result: dict, folder: Path) -> str:
 
 # --- the run's folder ------------------------------------------------------------------------------------------------
 
-def open_folder(settings: Settings) -> Path:
+def open_folder(settings: Settings, start: Base) -> Path:
     """Make the run's folder, or empty it of an old run if that is wanted, and write config.json. Raises BadInput."""
     name = f"{settings.method}-{Path(settings.data).resolve().name}-{settings.users}users-seed{settings.seed}"
     folder = Path(settings.out or free_name(f"out/{name}"))
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
                 "tiktoken": tiktoken.__version__}
-    config = {"settings": asdict(settings), "versions": versions, "threads": torch.get_num_threads()}
+    config = {"settings": asdict(settings), "base": reference(start), "versions": versions,
+              "threads": torch.get_num_threads()}
     try:
         old = [path for path in (folder / file for file in RUN_FILES) if path.exists()]
         if old and not settings.overwrite:
@@ -208,9 +241,14 @@ def free_name(name: str) -> str:
     return next(name for name in names if not os.path.exists(name))
 
 
-def checkpoint(settings: Settings, server: Server, users: list[User]) -> dict:
-    """The learners' state: what they have in common once, and of each what is its own."""
-    return {"settings": asdict(settings), "generalists": server.generalists, "users": [{
+def reference(start: Base) -> dict:
+    """What a run keeps of its base: which one it was."""
+    return {"name": start.name, "sha256": start.sha256, "tokenizer": start.tokenizer}
+
+
+def checkpoint(settings: Settings, start: Base, server: Server, users: list[User]) -> dict:
+    """The learners' state: what they have in common once, and of each what is its own. Of a frozen base: its name."""
+    return {"settings": asdict(settings), "base": reference(start), "generalists": server.generalists, "users": [{
         "name": user.name, "config": asdict(user.model.config), "bytes_up": user.bytes_up,
         "bytes_down": user.bytes_down, "own": user.model.having(SPECIALIST, ROUTER),
         "lower": user.lower.state(), "upper": user.upper and user.upper.state()} for user in users]}
