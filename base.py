@@ -112,7 +112,7 @@ def read(path: Path) -> tuple[Path, object]:
         return path, torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise ValueError(f"{path}: needs a library that isn't here; pip install safetensors, or give a .bin") from None
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise ValueError(f"{path}: {error.strerror}; give a file, or one of {', '.join(NAMES)}") from None
     except Exception as error:  # a foreign file can fail in any way
         raise ValueError(f"{path}: can't be read as tensors ({type(error).__name__}); {REMEDY}") from None

@@ -101,7 +101,7 @@ class ChangedLinear(nn.Linear):
         self.change = LowRank(n_in, n_out, config.lora_rank, GENERALIST)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.change(x)
+        return super().forward(x).add_(self.change(x))
 
 
 class Attention(nn.Module):
@@ -251,7 +251,7 @@ class LoRAExperts(nn.Module):
         own = token * E + expert  # (N·k,) the row of each pair among those of all N·E
         z = F.linear(x, torch.cat([up.A for up in ups])).view(N * E, r).index_select(0, own)  # (N·k, r)
         hidden, z = ChangedHidden.apply(  # (N, 4C), (N·k, r)
-            self.block.up(x), s * z, gates, token, counts, self.block.gelu,
+            self.block.up(x), s * z, gates, token, counts, self.block.gelu.approximate,
             torch.stack([up.B for up in ups]), torch.stack([down.A for down in downs]))
         z = z.new_zeros(N * E, r).index_add(0, own, s * z).view(N, E * r)
         return self.block.down(hidden) + F.linear(z, torch.cat([down.B for down in downs], 1))
@@ -262,34 +262,34 @@ class ChangedHidden(torch.autograd.Function):
 
     up (N, 4C), z (N·k, r), gates (N·k, 1), token (N·k,), B (E, 4C, r), A (E, r, 4C) -> (N, 4C), (N·k, r); pairs stand
     as in by_expert. The gradients are written by hand, an expert at a time, because this is where autograd would make
-    and keep many tensors of N·k·4C numbers. Kept is u; h is made anew.
+    and keep many tensors of N·k·4C numbers. None is kept: h_e is made anew.
     """
 
     @staticmethod
     def forward(ctx, up, z, gates, token, counts, gelu, B, A):
         z, gates, B, A = (tensor.to(up.dtype) for tensor in (z, gates, B, A))
-        u, hidden, low = up.index_select(0, token), torch.zeros_like(up), torch.empty_like(z)
-        rows = [slice(end - n, end) for n, end in zip(counts, accumulate(counts), strict=True)]  # of each expert
-        for e, own in enumerate(rows):
-            h = gelu(u[own].addmm_(z[own], B[e].t())).mul_(gates[own])  # (n_e, 4C)
+        hidden, low = torch.zeros_like(up), torch.empty_like(z)
+        pairs = [slice(end - n, end) for n, end in zip(counts, accumulate(counts), strict=True)]  # of each expert
+        for e, own in enumerate(pairs):
+            u = up.index_select(0, token[own]).addmm_(z[own], B[e].t())  # (n_e, 4C)
+            h = F.gelu(u, approximate=gelu).mul_(gates[own])
             hidden.index_add_(0, token[own], h)
             low[own] = h @ A[e].t()
-        ctx.save_for_backward(u, z, gates, token, B, A)
-        ctx.rows, ctx.gelu = rows, gelu
+        ctx.save_for_backward(up, z, gates, token, B, A)
+        ctx.pairs, ctx.gelu = pairs, gelu
         return hidden, low
 
     @staticmethod
     def backward(ctx, d_hidden, d_low):
-        u, z, gates, token, B, A = ctx.saved_tensors
-        d_up, d_z, d_gates, d_B, d_A = map(torch.zeros_like, (d_hidden, z, gates, B, A))
-        for e, own in enumerate(ctx.rows):
-            u_e = u[own].requires_grad_()
-            with torch.enable_grad():
-                h = ctx.gelu(u_e)
+        up, z, gates, token, B, A = ctx.saved_tensors
+        d_up, d_z, d_gates, d_B, d_A = map(torch.zeros_like, (up, z, gates, B, A))
+        for e, own in enumerate(ctx.pairs):
+            u = up.index_select(0, token[own]).addmm_(z[own], B[e].t())
+            h = F.gelu(u, approximate=ctx.gelu)
             d_h = d_hidden.index_select(0, token[own]).addmm_(d_low[own], A[e])  # (n_e, 4C), of gate·h
             d_gates[own] = (d_h * h).sum(1, keepdim=True)
             d_A[e] = (gates[own] * d_low[own]).t() @ h
-            d_u, = torch.autograd.grad(h, u_e, d_h.mul_(gates[own]))
+            d_u = torch.ops.aten.gelu_backward(d_h.mul_(gates[own]), u, approximate=ctx.gelu)
             d_up.index_add_(0, token[own], d_u)
             d_z[own] = d_u @ B[e]
             d_B[e] = (z[own].t() @ d_u).t()
@@ -336,7 +336,7 @@ class HeadLoss(torch.autograd.Function):
     chunk's logits are there: ∂loss/∂logits = (softmax(logits) − onehot(target)) / N. A frozen head gets none.
     """
 
-    LOGITS = 2 ** 24  # in a chunk, at most
+    LOGITS = 2 ** 23  # in a chunk, at most
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -345,13 +345,15 @@ class HeadLoss(torch.autograd.Function):
         d_weight = torch.zeros_like(weight) if head_learns else None
         rows = max(1, HeadLoss.LOGITS // len(weight))
         for h, dh, target in zip(hidden.split(rows), d_hidden.split(rows), targets[:, None].split(rows), strict=True):
-            log_p = F.log_softmax(F.linear(h, weight), 1, dtype=h.dtype)  # (n, V)
-            loss -= log_p.gather(1, target).sum()
+            logits = F.linear(h, weight).to(h.dtype)  # (n, V), from here on in place
+            logits -= logits.amax(1, keepdim=True)
+            loss -= logits.gather(1, target).sum()
+            Z = logits.exp_().sum(1, keepdim=True)  # (n, 1); softmax = exp(logits) / Z
+            loss += Z.log().sum()
             if learns:
-                d_logits = log_p.exp_().scatter_add_(1, target, -torch.ones_like(h[:, :1]))
-                dh += d_logits @ weight
-                if head_learns:
-                    d_weight += d_logits.t() @ h
+                dh += (logits @ weight) / Z - weight[target[:, 0]]
+            if learns and head_learns:
+                d_weight.addmm_(logits.t(), h / Z).index_add_(0, target[:, 0], -h)
         ctx.save_for_backward(d_hidden, d_weight)
         return loss / len(hidden)
 

@@ -4,26 +4,65 @@ import itertools
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 import bench
 from bilevel import Level, constant
-from model import GENERALIST, GPT, SPECIALIST, GPTConfig
+from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig, MoE
+
+TINY = dict(vocab_size=257, n_layer=2, n_head=2, n_embd=64, gelu="tanh")
 
 
+@pytest.mark.parametrize("expert", ["mlp", "lora"])
 @pytest.mark.parametrize("specialists", [1, 4])
-def test_operations_counted_are_those_that_a_step_does(specialists):
+def test_operations_counted_are_those_that_a_step_does(specialists, expert):
     """Against PyTorch's own counter, with windows of one token: it counts attention as if it weren't causal."""
-    config = GPTConfig(257, 1, 2, 2, 64, specialists=specialists)
+    config = GPTConfig(**TINY, block_size=1, specialists=specialists, expert=expert, lora_rank=1)
     model = GPT(config)
     batch = torch.randint(257, (2, 64, 1)).unbind()
     level = Level(model.having(GENERALIST, SPECIALIST), itertools.repeat(batch), 1e-3, 0.0, constant)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop}) as counter:
         level.step(model)
     assert bench.step_operations(config, 64, 1) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
-def test_the_bench_prints_its_three_ratios(monkeypatch, capsys):
+@pytest.mark.parametrize("specialists", [1, 4])
+def test_the_naive_mixture_computes_the_same_as_ours(specialists):
+    config = GPTConfig(**TINY, block_size=8, specialists=specialists, expert="lora")
+    ours, naive = MoE(config).double(), bench.NaiveMixture(64, 1 + specialists, 2).double()
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.normal_(0, 0.2)
+        naive.router.weight.copy_(ours.router.scores.weight)
+        for expert, change in zip(naive.experts, ours.experts.changes, strict=True):
+            for part in ("up", "down"):
+                theirs, block, factors = (getattr(one, part) for one in (expert, ours.experts.block, change))
+                theirs.load_state_dict(block.state_dict() | factors.state_dict())
+    x = torch.randn(2, 8, 64, dtype=torch.float64)
+    torch.testing.assert_close(naive(x), ours(x)[0], rtol=1e-10, atol=1e-10)
+
+
+def test_what_users_hold_grows_by_their_own_factors_and_moments_only():
+    config = GPTConfig(**TINY, block_size=8, expert="lora")
+    users = 5
+    parameters, held, _ = bench.federation(config, [1] * users, 2, "cpu")
+    own = sum(p.numel() for p in GPT(config).having(GENERALIST, SPECIALIST, ROUTER).values())
+    backbone = sum(p.numel() for p in GPT(config).having(BACKBONE).values())
+    assert parameters == backbone + users * own
+    assert held == [backbone + 3 * own * n for n in range(1, users + 1)]
+
+
+def test_the_gpt2_bench_prints_both_sides(monkeypatch, capsys):
+    """At a tiny size, in this process."""
+    monkeypatch.setattr(bench, "STEPS", 2)
+    monkeypatch.setattr(bench, "alone", lambda work, *arguments: work(*arguments))
+    bench.bench_gpt2("cpu", TINY | dict(block_size=8, expert="lora"))
+    printed = capsys.readouterr().out
+    for line in ("2 experts, ours / naive", "9 experts, ours / naive", "of one GPT-2", "the 64th holds"):
+        assert line in printed
+
+
+def test_the_bench_from_scratch_prints_its_three_ratios(monkeypatch, capsys):
     monkeypatch.setattr(bench, "REPEATS", 2)
     monkeypatch.setattr("sys.argv", ["bench.py"])
     bench.main()

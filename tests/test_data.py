@@ -40,6 +40,17 @@ def test_builtin_splits_and_shards_share_no_document_and_have_their_sizes(where)
         assert sizes == pytest.approx({TRAIN: 5000, VALID: 16000, TEST: 32000}, abs=3)
 
 
+def test_no_users_test_text_stands_in_the_public_text():
+    """But for lines that everyone writes, such as imports: fewer than one in twenty."""
+    seen = {line.strip() for document in data.excerpts(data.public()) for line in document.splitlines()}
+    assert len(seen) > 50_000
+    for where in data.BUILTIN:
+        for name, documents in data.builtin_users(where, [1000] * 4):
+            lines = [line.strip() for document in documents[TEST] for line in document.splitlines()]
+            long = [line for line in lines if len(line) > 30]
+            assert sum(line in seen for line in long) < 0.05 * len(long), name
+
+
 def test_one_file_is_cut_into_three_parts_that_dont_overlap(corpus):
     text = (corpus / "anna.txt").read_text()
     parts = dict(data.folder_users(str(corpus), [data.EVERYTHING]))["anna"]

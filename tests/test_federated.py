@@ -19,17 +19,16 @@ class Batches:
         return torch.randint(11, (2, 2, 4), generator=self.generator).unbind()
 
 
-def gpt_user(name: str, specialists: int, seed: int, roles: dict | None = None) -> User:
-    model = GPT(GPTConfig(11, 4, 2, 2, 8, specialists=specialists, roles=roles or {}),
-                torch.Generator().manual_seed(seed))
+def gpt_user(name: str, specialists: int, seed: int, **changes) -> User:
+    model = GPT(GPTConfig(11, 4, 2, 2, 8, specialists=specialists, **changes), torch.Generator().manual_seed(seed))
     router = model.having(ROUTER)
     return User(name, model, Level(model.having(GENERALIST, SPECIALIST), Batches(seed), 1e-2, 0.1, constant),
                 Level(router, Batches(seed + 100), 1e-2, 0.0, constant) if router else None)
 
 
-def federation(specialists=(0, 1, 3), roles=None) -> tuple[Server, list[User]]:
-    users = [gpt_user(f"user{i}", s, i, roles) for i, s in enumerate(specialists)]
-    return Server(gpt_user("server", max(specialists), 99, roles).model.having(GENERALIST)), users
+def federation(specialists=(0, 1, 3), **changes) -> tuple[Server, list[User]]:
+    users = [gpt_user(f"user{i}", s, i, **changes) for i, s in enumerate(specialists)]
+    return Server(gpt_user("server", max(specialists), 99, **changes).model.having(GENERALIST)), users
 
 
 def test_average_worked_by_hand():
@@ -85,10 +84,10 @@ def test_a_round_worked_by_hand():
     assert [user.bytes_up for user in users] == [4, 4]
 
 
-@pytest.mark.parametrize("roles", [{}, {SPECIALIST: GENERALIST}])
-def test_only_generalists_cross_between_user_and_server_and_their_bytes_are_counted(roles, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"roles": {SPECIALIST: GENERALIST}}, {"expert": "lora"}])
+def test_only_generalists_cross_between_user_and_server_and_their_bytes_are_counted(changes, monkeypatch):
     """All that goes through a user's two doors, over several rounds: names, roles, sizes, and tensors of their own."""
-    server, users = federation(roles=roles)
+    server, users = federation(**changes)
     crossed = []
     receive, answer = User.receive, User.answer
 

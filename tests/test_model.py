@@ -3,8 +3,25 @@
 import pytest
 import torch
 from torch.autograd import gradcheck
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig, MoE, Routing, dense_gates
+import model as model_module
+from model import (
+    BACKBONE,
+    GENERALIST,
+    GPT,
+    ROLES,
+    ROUTER,
+    SPECIALIST,
+    GPTConfig,
+    HeadLoss,
+    MoE,
+    Routing,
+    by_expert,
+    dense_gates,
+    gpt2_name,
+)
 
 TINY = dict(vocab_size=11, block_size=6, n_layer=2, n_head=2, n_embd=8)
 
@@ -75,6 +92,123 @@ def test_mixture_passes_gradcheck(specialists):
         return torch.func.functional_call(moe, dict(zip(names, parameters, strict=True)), (x,))[0]
 
     assert gradcheck(mixture, (x, *moe.parameters()))
+
+
+def block_copies(moe: MoE, x: torch.Tensor, scale: float) -> torch.Tensor:
+    """The oracle of low-rank experts: each with its own copy of the whole block, changed, on every token."""
+    tokens, block = x.flatten(0, 1), moe.experts.block
+    gates = dense_gates(moe.router(tokens), len(moe.experts.changes))
+    y = 0
+    for gate, change in zip(gates.unbind(1), moe.experts.changes, strict=True):
+        up = block.up.weight + scale * change.up.B @ change.up.A
+        down = block.down.weight + scale * change.down.B @ change.down.A
+        h = F.gelu(F.linear(tokens, up, block.up.bias), approximate=moe.experts.block.gelu.approximate)
+        y = y + gate[:, None] * F.linear(h, down, block.down.bias)
+    return y.view_as(x)
+
+
+@pytest.mark.parametrize("gelu", ["none", "tanh"])
+@pytest.mark.parametrize(("specialists", "top_k"), [(0, 2), (1, 2), (4, 2), (4, 1), (4, 5)])
+def test_low_rank_experts_equal_a_block_copy_each_in_output_and_all_gradients(specialists, top_k, gelu):
+    moe = tiny(specialists=specialists, top_k=top_k, expert="lora", lora_rank=4, gelu=gelu).blocks[0].moe
+    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    shared, copies = moe(x)[0], block_copies(moe, x, scale=16 / 4 ** 0.5)
+    torch.testing.assert_close(shared, copies, rtol=1e-12, atol=1e-10)
+    weight = torch.randn_like(shared)
+    inputs = [x, *(parameter for parameter in moe.parameters() if parameter.requires_grad)]
+    assert len(inputs) == 2 + 4 * (1 + specialists)
+    of_shared = torch.autograd.grad((shared * weight).sum(), inputs)
+    of_copies = torch.autograd.grad((copies * weight).sum(), inputs)
+    for ours, oracle in zip(of_shared, of_copies, strict=True):
+        torch.testing.assert_close(ours, oracle, rtol=1e-10, atol=1e-10)
+
+
+def test_the_frozen_block_is_applied_once_to_a_token_and_learns_nothing():
+    """However many experts a token goes to."""
+    model = tiny(specialists=4, top_k=3, expert="lora")
+    rows = []
+    for layer in model.blocks:
+        for matrix in (layer.moe.experts.block.up, layer.moe.experts.block.down):
+            matrix.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    _, loss = model(*torch.randint(11, (2, 3, 6)))
+    loss.backward()
+    assert rows == [3 * 6] * 4
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (model.roles[name] != BACKBONE)
+        assert (parameter.grad is None) == (model.roles[name] == BACKBONE)
+
+
+def test_low_rank_models_have_their_roles():
+    """Attention's two changes are generalists, as are the first expert's; all that is pretrained is backbone."""
+    model = tiny(specialists=2, expert="lora", lora_rank=3)
+    by_role = {role: set(model.having(role)) for role in ROLES}
+    assert sum(map(len, by_role.values())) == len(model.roles)
+    attention = {f"blocks.{i}.attention.{part}.change.{f}" for i in range(2) for part in ("qkv", "out") for f in "AB"}
+    first = {f"blocks.{i}.moe.experts.changes.0.{part}.{f}" for i in range(2) for part in ("up", "down") for f in "AB"}
+    assert by_role[GENERALIST] == attention | first
+    assert by_role[BACKBONE] == {name for name in model.roles if gpt2_name(name)}
+    assert by_role[SPECIALIST] == {name for name in model.roles if ".changes.1." in name or ".changes.2." in name}
+    local = tiny(expert="lora", roles={GENERALIST: SPECIALIST})
+    assert set(local.roles.values()) == {BACKBONE, SPECIALIST, ROUTER}
+
+
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_the_chunked_loss_equals_the_plain_one_in_value_and_gradients(rows, monkeypatch):
+    monkeypatch.setattr(HeadLoss, "LOGITS", rows * 11)
+    hidden, weight = (torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (10, 11))
+    targets = torch.randint(11, (10,))
+    chunked, plain = HeadLoss.apply(hidden, weight, targets), F.cross_entropy(hidden @ weight.T, targets)
+    torch.testing.assert_close(chunked, plain, rtol=0, atol=1e-12)
+    for ours, oracle in zip(*(torch.autograd.grad(3 * loss, (hidden, weight)) for loss in (chunked, plain)),
+                            strict=True):
+        torch.testing.assert_close(ours, oracle, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(HeadLoss.apply(hidden, weight, targets), plain)
+    frozen = HeadLoss.apply(hidden, weight.detach(), targets)
+    torch.testing.assert_close(torch.autograd.grad(frozen, hidden)[0], torch.autograd.grad(
+        F.cross_entropy(hidden @ weight.T, targets), hidden)[0])
+
+
+class Sizes(TorchDispatchMode):
+    """Watches the size of every tensor that is made."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.largest = max(getattr(self, "largest", 0), result.numel())
+        return result
+
+
+def test_a_training_step_never_holds_the_logits_of_all_positions(monkeypatch):
+    monkeypatch.setattr(HeadLoss, "LOGITS", 4 * 500)
+    model = GPT(GPTConfig(500, 16, 1, 2, 8, expert="lora"))
+    with Sizes() as sizes:
+        model(*torch.randint(500, (2, 4, 16)))[1].backward()
+    assert sizes.largest <= 500 * 8  # the head's weight; all logits would be 64 times 500
+
+
+def test_bfloat16_changes_the_loss_by_rounding_only_and_all_factors_learn(monkeypatch):
+    """As on a GPU, with a CPU's autocast."""
+    model = GPT(GPTConfig(**TINY, specialists=3, expert="lora"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    batch = torch.randint(11, (2, 8, 6))
+    exact = model(*batch)[1].item()
+    monkeypatch.setattr(model_module, "precision", lambda x: torch.autocast("cpu", torch.bfloat16))
+    _, loss = model(*batch)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact, rel=0.05)
+    assert loss.item() != exact
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+def test_pairs_of_by_experts_docstring():
+    routing = Routing(torch.tensor([[0.7, 0.3], [0.6, 0.4]]), torch.tensor([[2, 0], [2, 1]]))
+    token, expert, gates, counts = by_expert(routing, 3)
+    assert (token.tolist(), expert.tolist(), counts) == ([0, 1, 0, 1], [0, 1, 2, 2], [1, 1, 2])
+    torch.testing.assert_close(gates, torch.tensor([[0.3], [0.4], [0.7], [0.6]]))
 
 
 def test_gates_are_a_softmax_over_the_chosen_scores():

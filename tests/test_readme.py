@@ -19,8 +19,8 @@ def test_formulas_point_to_the_lines_that_implement_them():
 
 def test_every_flag_is_in_the_table_with_its_default():
     rows = dict(re.findall(r"^\| `(--[\w-]+)[^`]*` \|.* \| ([^|]*) \|$", README, re.MULTILINE))
-    assert set(rows) == {flag.name for flag in flags().values()}
-    for name, flag in flags().items():
+    assert set(rows) == {flag.name for flag in flags(Settings).values()}
+    for name, flag in flags(Settings).items():
         default = getattr(Settings, name)
         if default is not None and flag.kind is not bool:
             value, = default if flag.each_user else [default]

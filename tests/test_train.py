@@ -1,5 +1,6 @@
 """The command line: the real command at a tiny size, what it writes, and what it refuses."""
 
+import hashlib
 import json
 import math
 import re
@@ -7,16 +8,20 @@ import re
 import pytest
 import torch
 
+import base
 import compare
 import data
+import pretrain
 import train
 from data import RandomWindows
-from model import SPECIALIST
+from model import BACKBONE, SPECIALIST
 from settings import Settings, parse_settings
 from test_data import words
 
-TINY = ("--users 3 --specialists 0,1,3 --n-layer 1 --n-head 2 --n-embd 8 --block-size 8 --batch-size 2 --rounds 3 "
-        "--local-steps 2 --router-every 2 --router-steps 1 --warmup 1 --eval-every 2").split()
+SHAPE = "--n-layer 1 --n-head 2 --n-embd 8".split()
+SCHEDULE = ("--users 3 --specialists 0,1,3 --block-size 8 --batch-size 2 --rounds 3 --local-steps 2 --router-every 2 "
+            "--router-steps 1 --warmup 1 --eval-every 2").split()
+TINY = [*SHAPE, *SCHEDULE]
 
 
 @pytest.fixture
@@ -113,15 +118,16 @@ def test_every_method_runs_with_the_parameters_and_the_batches_of_the_others(met
     assert (result["bytes_up"] == 0) == (method in ("local", "centralized"))
 
 
-def small_settings(corpus, *more) -> tuple[Settings, list[data.Text]]:
+def small_settings(corpus, *more) -> tuple[Settings, base.Base, list[data.Text]]:
+    """What train.build asks for."""
     settings = parse_settings([*TINY, "--data", corpus, *more])
-    return settings, data.load(corpus, settings.users, block_size=settings.block_size)
+    return settings, train.starting_point(settings), data.load(corpus, settings.users, block_size=settings.block_size)
 
 
 def test_each_level_gets_its_own_text_rate_and_schedule(corpus):
-    settings, texts = small_settings(corpus, "--lr", "0.5", "--router-lr", "0.25", "--weight-decay", "0.125",
-                                     "--top-k", "3")
-    _, users = train.build(settings, texts)
+    settings, start, texts = small_settings(corpus, "--lr", "0.5", "--router-lr", "0.25", "--weight-decay", "0.125",
+                                            "--top-k", "3")
+    _, users = train.build(settings, start, texts)
     for user, text in zip(users, texts, strict=True):
         assert user.lower.batches.texts[0] is text.train
         assert user.upper.batches.texts[0] is text.valid
@@ -135,8 +141,8 @@ def test_each_level_gets_its_own_text_rate_and_schedule(corpus):
 
 
 def test_users_can_count_by_their_training_tokens(corpus):
-    settings, texts = small_settings(corpus, "--average", "tokens")
-    _, users = train.build(settings, texts)
+    settings, start, texts = small_settings(corpus, "--average", "tokens")
+    _, users = train.build(settings, start, texts)
     assert [user.weight for user in users] == [len(text.train) for text in texts]
     assert users[0].weight != users[2].weight
 
@@ -144,8 +150,8 @@ def test_users_can_count_by_their_training_tokens(corpus):
 def test_reported_perplexities_are_those_of_the_test_text(corpus, tmp_path):
     """Recomputed: at the start from the same seed, at the end from the checkpoint, window by window, one at a time."""
     result = run(corpus, tmp_path / "run")
-    settings, texts = small_settings(corpus)
-    server, users = train.build(settings, texts)
+    settings, start, texts = small_settings(corpus)
+    server, users = train.build(settings, start, texts)
     saved = state(tmp_path / "run")
 
     def perplexity(model, tokens):
@@ -238,6 +244,7 @@ WRONG = """
     --n-layer 0; --n-head 3; --n-head 0; --n-embd 0; --n-embd 9; --seed x; --seed -1
     --device nonsense; --device cuda:99; --device meta; --device hpu; --nonsense 1; more
     --users 100000000000; --rounds 1e3
+    --expert lora; --expert nonsense; --lora-rank 0; --lora-rank 1,2; --lora-rank x; --init-from nowhere
 """
 
 
@@ -289,3 +296,107 @@ def test_help_shows_every_flag_with_its_default(capsys):
     printed = capsys.readouterr().out
     assert "--specialists LIST" in printed
     assert "(default: comigs)" in printed
+
+
+# --- from a pretrained base ------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A base as pretrain.py makes it, from three dozen made-up documents that are like the users' only in part."""
+    letters = str.maketrans("01234567", "abcdefgh")
+    folder = tmp_path_factory.mktemp("base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "public", lambda: (words(i, 2500).translate(letters) for i in range(36)))
+        flags = "--steps 60 --n-layer 2 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 --lr 1e-2"
+        assert pretrain.main([*flags.split(), "--out", str(folder)]) == 0
+    return folder / "base.pt"
+
+
+def from_base(pretrained, corpus, out, *more) -> dict:
+    flags = [*SCHEDULE, "--init-from", str(pretrained), "--data", corpus, "--out", str(out), *more]
+    assert train.main(flags) == 0
+    return json.loads((out / "result.json").read_text())
+
+
+def test_the_whole_path_offline(pretrained, corpus, tmp_path, capsys):
+    """pretrain.py, then train.py with low-rank experts: starts better than random, learns, sends only factors."""
+    result = from_base(pretrained, corpus, tmp_path / "run", "--expert", "lora", "--lora-rank", "2", "--lr", "1e-2")
+    attention, expert, V, T, L, C = 6 * 16 * 2, 10 * 16 * 2, 257, 8, 2, 16
+    for user, specialists in zip(result["users"], (0, 1, 3), strict=True):
+        assert user["parameters"] == {
+            "backbone": (V + T) * C + 2 * C + L * (12 * C * C + 13 * C), "generalist": L * (attention + expert),
+            "specialist": specialists * L * expert, "router": L * C * (1 + specialists)}
+        assert user["test_ppl"] < user["test_ppl_start"]
+    assert result["bytes_up"] == 3 * 3 * 4 * L * (attention + expert)
+    saved = state(tmp_path / "run")
+    assert saved["base"] == {"name": str(pretrained), "sha256": hashlib.sha256(pretrained.read_bytes()).hexdigest(),
+                             "tokenizer": "bytes"}
+    tensors = [*saved["generalists"].values(), *(tensor for user in saved["users"] for tensor in user["own"].values())]
+    assert sum(tensor.numel() for tensor in tensors) == L * (attention + expert) + sum(
+        user["parameters"]["specialist"] + user["parameters"]["router"] for user in result["users"])
+
+
+def test_the_backbone_is_the_same_object_in_all_users_and_keeps_its_bits_through_a_run(pretrained, corpus, tmp_path):
+    settings = parse_settings([*SCHEDULE, "--init-from", str(pretrained), "--data", corpus, "--expert", "lora",
+                               "--out", str(tmp_path / "run")])
+    run = train.Run(settings)
+    backbones = [user.model.having(BACKBONE) for user in run.users]
+    assert len({tuple(map(id, backbone.values())) for backbone in backbones}) == 1
+    before = {name: parameter.clone() for name, parameter in backbones[0].items()}
+    run.play()
+    for user in run.users:
+        assert [*map(id, user.model.having(BACKBONE).values())] == [*map(id, backbones[0].values())]
+        learning = {id(p) for level in (user.lower, user.upper) for p in level.parameters}
+        assert not learning & set(map(id, backbones[0].values()))
+    assert all(torch.equal(backbones[0][name], before[name]) for name in before)
+    assert all(parameter.grad is None for parameter in backbones[0].values())
+
+
+def test_whole_blocks_can_start_from_a_base_too_and_then_learn_apart(pretrained, corpus, tmp_path):
+    settings = parse_settings([*SCHEDULE, "--init-from", str(pretrained), "--data", corpus, "--lr", "1e-2",
+                               "--out", str(tmp_path / "run")])
+    run = train.Run(settings)
+    cleo = run.users[2].model.having(SPECIALIST)
+    one, two = (cleo[f"blocks.0.moe.experts.{e}.up.weight"] for e in (1, 2))
+    assert torch.equal(one, two)
+    result = run.play()
+    assert not torch.equal(one, two)
+    assert all(user["test_ppl"] < user["test_ppl_start"] for user in result["users"])
+    assert not any(user["parameters"]["backbone"] for user in result["users"])
+
+
+def test_every_method_runs_with_low_rank_experts(pretrained, corpus, tmp_path):
+    for method in train.METHODS:
+        result = from_base(pretrained, corpus, tmp_path / method, "--expert", "lora", "--method", method)
+        assert all(user["test_ppl"] < user["test_ppl_start"] for user in result["users"])
+
+
+def test_ranks_may_differ_where_nothing_is_averaged(pretrained, corpus, tmp_path, capsys):
+    lora = ["--expert", "lora", "--lora-rank", "1,2,4"]
+    result = from_base(pretrained, corpus, tmp_path / "run", *lora, "--method", "local", "--specialists", "1")
+    sizes = [user["parameters"]["specialist"] for user in result["users"]]
+    assert sizes == [sizes[0], 2 * sizes[0], 4 * sizes[0]]
+    flags = [*SCHEDULE, "--init-from", str(pretrained), "--data", corpus, "--out", str(tmp_path / "no"), *lora]
+    assert train.main(flags) == 2
+    assert "--lora-rank 1,2,4: --method comigs averages" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("wrong", ["--n-layer 2", "--n-embd 16", "--n-head 4", "--block-size 17", "--tokenizer gpt2"])
+def test_what_a_base_decides_cant_be_asked_for(wrong, pretrained, corpus, tmp_path, capsys):
+    flags = [*SCHEDULE, "--init-from", str(pretrained), "--data", corpus, "--out", str(tmp_path / "run")]
+    assert train.main([*flags, *wrong.split()]) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert "--init-from" in line
+    assert ";" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_isnt_replaced_unless_told(pretrained, capsys):
+    before = pretrained.read_bytes()
+    assert pretrain.main(["--out", str(pretrained.parent)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert pretrained.read_bytes() == before
+    assert pretrain.main(["--steps", "0"]) == 2
+    assert pretrain.main(["--n-embd", "9"]) == 2
+    assert pretrain.main(["--users", "4"]) == 2
