@@ -252,7 +252,7 @@ def steps_of(naive: bool, config: GPTConfig, B: int, device: str) -> tuple[list[
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(learning, 1e-3, (0.9, 0.95), fused=True)
     else:
-        model = GPT(config, base=random_base(config)).to(device)
+        model = GPT(config, pretrained=random_base(config)).to(device)
         level = Level(model.having(GENERALIST, SPECIALIST), itertools.repeat(batch), 1e-3, 0.0, constant)
     n, dtype = (8192, torch.bfloat16) if device.startswith("cuda") else (1024, torch.float32)
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
@@ -274,7 +274,7 @@ def federation(config: GPTConfig, specialists: list[int], B: int, device: str) -
     batch = torch.randint(config.vocab_size, (2, B, config.block_size), device=device).unbind()
     users = []
     for name, S in enumerate(specialists):
-        model = GPT(replace(config, specialists=S), base=start).to(device)
+        model = GPT(replace(config, specialists=S), pretrained=start).to(device)
         levels = [Level(model.having(*roles), itertools.repeat(batch), 1e-3, 0.0, constant)
                   for roles in ((GENERALIST, SPECIALIST), (ROUTER,))]
         users.append(User(str(name), model, *levels))

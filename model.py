@@ -391,13 +391,13 @@ class GPT(nn.Module):
     """The language model of one user.
 
     model(idx) -> (logits (B, T, V), None); model(idx, targets) -> (None, mean cross-entropy in nats).
-    idx and targets: (B, T) token numbers, T at most `block_size`. `generator` draws the initial weights that `base`
-    doesn't give: tensors under GPT-2's names, as in base.Base. Frozen ones are taken as they are, so that models on
-    the same base hold them once; of all others the model gets a copy.
+    idx and targets: (B, T) token numbers, T at most `block_size`. `pretrained` are tensors under GPT-2's names, as in
+    base.Base: frozen ones are taken as they are, so that models on the same base hold them once; of the others the
+    model gets copies. `generator` draws the initial weights that aren't among them.
     """
 
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None,
-                 base: dict[str, Tensor] | None = None):
+                 pretrained: dict[str, Tensor] | None = None):
         super().__init__()
         self.config = config
         with torch.device("meta"):  # shapes only; `initialize` brings the numbers
@@ -406,7 +406,7 @@ class GPT(nn.Module):
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
             self.norm = Norm(config)
         self.roles = self.find_roles()
-        self.initialize(generator, base or {})
+        self.initialize(generator, pretrained or {})
 
     @classmethod
     def from_pretrained(cls, name_or_file: str | Path, generator: torch.Generator | None = None,
@@ -419,15 +419,16 @@ class GPT(nn.Module):
         start = base.load(name_or_file, overrides.get("block_size"), overrides.get("n_head"))
         return cls(GPTConfig(**start.config | overrides), generator, start.tensors)
 
-    def initialize(self, generator: torch.Generator | None, base: dict[str, Tensor]) -> None:
-        """Every parameter's first numbers: the base's, else `fresh` ones."""
+    def initialize(self, generator: torch.Generator | None, pretrained: dict[str, Tensor]) -> None:
+        """Every parameter's first numbers: the pretrained ones, else `fresh` ones."""
         numbers = {}
         for name, parameter in self.named_parameters():
-            source = base and gpt2_name(name)
-            if not source:
+            source = gpt2_name(name) if pretrained else None
+            if source is None:
                 numbers[name] = self.fresh(name, parameter.shape, generator)
             else:
-                numbers[name] = base[source] if self.roles[name] == BACKBONE else base[source].detach().clone()
+                frozen = self.roles[name] == BACKBONE
+                numbers[name] = pretrained[source] if frozen else pretrained[source].detach().clone()
             parameter.requires_grad_(self.roles[name] != BACKBONE)
         self.load_state_dict(numbers, assign=True)
 

@@ -120,11 +120,11 @@ def test_pack_and_load_are_inverse_and_carry_heads_gelu_and_tokenizer(file, tmp_
 
 def test_models_on_one_base_hold_its_frozen_tensors_once(file):
     start = base.load(file, n_head=2)
-    models = [GPT(GPTConfig(**start.config, expert="lora", specialists=S), base=start.tensors) for S in (1, 3)]
+    models = [GPT(GPTConfig(**start.config, expert="lora", specialists=S), pretrained=start.tensors) for S in (1, 3)]
     one, two = (model.having(BACKBONE) for model in models)
     shared = {id(tensor) for tensor in start.tensors.values()}
     assert {id(p) for p in one.values()} == {id(p) for p in two.values()} == shared
-    upcycled = GPT(GPTConfig(**start.config), base=start.tensors)
+    upcycled = GPT(GPTConfig(**start.config), pretrained=start.tensors)
     assert not {id(p) for p in upcycled.parameters()} & shared
     assert not {p.data_ptr() for p in upcycled.parameters()} & {p.data_ptr() for p in start.tensors.values()}
 
