@@ -8,6 +8,7 @@ file. None of them is trusted: only tensors and plain values are read, no code i
 
 import hashlib
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -64,23 +65,25 @@ def load(name_or_file: str | Path, block_size: int | None = None, n_head: int | 
     try:
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in known["model"].items()}
         (V, C), T = tensors["wte.weight"].shape, len(tensors["wpe.weight"])
-        head = tensors.get("lm_head.weight", tensors["wte.weight"])
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(UNUSED)}
         wanted = shapes(V, T, sum(name.endswith("ln_1.weight") for name in tensors), C)
-        odd = [name for name in sorted(wanted.keys() | tensors.keys())
-               if name not in tensors or tensors[name].shape != wanted.get(name)]
+        odd = [name for name in sorted(wanted.keys() | tensors.keys()) if not name.endswith(UNUSED) and (
+            name not in tensors or tensors[name].shape != wanted.get(name) or not tensors[name].isfinite().all())]
+        if not odd and not torch.equal(tensors.get("lm_head.weight", tensors["wte.weight"]), tensors["wte.weight"]):
+            odd = ["lm_head.weight"]
         heads, gelu, tokenizer = known["config"].get("n_head"), known["config"]["gelu"], known["tokenizer"]
+        sound = type(heads) in (int, type(None)) and gelu in ("none", "tanh") and tokenizer in (None, "bytes", "gpt2")
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"{path}: holds no GPT-2; {REMEDY}") from None
-    if odd or not torch.equal(head, tensors["wte.weight"]):
-        raise ValueError(f"{path}: holds no GPT-2: {(odd or ['lm_head.weight'])[0]} doesn't fit; {REMEDY}")
+    if odd or not sound:
+        what = f"{odd[0]} is missing, not finite or of another shape" if odd else "its config is no GPT-2's"
+        raise ValueError(f"{path}: holds no GPT-2: {what}; {REMEDY}")
     if heads and n_head not in (None, heads):
-        raise ValueError(f"{path}: was trained with {heads} heads, not {n_head}; leave that to the file")
+        raise ValueError(f"{path}: was trained with {heads} heads, not {n_head}; leave --n-head (n_head) to the file")
     heads = heads or n_head or C // 64
-    if not heads or C % heads:
-        raise ValueError(f"{path}: its {C} channels aren't heads of {C // heads if heads else 64}; give n_head")
+    if heads < 1 or C % heads:
+        raise ValueError(f"{path}: {C} channels can't be {heads or 'of 64 each, its'} heads; give --n-head (n_head)")
     if block_size and block_size > T:
-        raise ValueError(f"{path}: has {T} positions, not {block_size}; take a block_size of at most {T}")
+        raise ValueError(f"{path}: has {T} positions, not {block_size}; take a smaller --block-size (block_size)")
     T = block_size or T
     tensors["wpe.weight"] = tensors["wpe.weight"][:T]
     frozen = {name: nn.Parameter(turn(name, tensors.pop(name).float()), False) for name in wanted}
@@ -97,7 +100,7 @@ def fetch(name: str) -> tuple[Path, object]:
     try:
         return path, torch.hub.load_state_dict_from_url(URL.format(name), map_location="cpu", file_name=file,
                                                         weights_only=True)
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise ValueError(f"{name}: can't be downloaded ({error}); connect once, or give a file") from None
     except Exception as error:  # a broken file can fail in any way
         raise ValueError(f"{path}: can't be read ({type(error).__name__}); delete it to download it again") from None
@@ -105,6 +108,8 @@ def fetch(name: str) -> tuple[Path, object]:
 
 def read(path: Path) -> tuple[Path, object]:
     """A file: where it is, and what is in it."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give one, or one of {', '.join(NAMES)}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -112,7 +117,5 @@ def read(path: Path) -> tuple[Path, object]:
         return path, torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise ValueError(f"{path}: needs a library that isn't here; pip install safetensors, or give a .bin") from None
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        raise ValueError(f"{path}: {error.strerror}; give a file, or one of {', '.join(NAMES)}") from None
     except Exception as error:  # a foreign file can fail in any way
         raise ValueError(f"{path}: can't be read as tensors ({type(error).__name__}); {REMEDY}") from None

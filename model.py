@@ -262,7 +262,7 @@ class ChangedHidden(torch.autograd.Function):
 
     up (N, 4C), z (N·k, r), gates (N·k, 1), token (N·k,), B (E, 4C, r), A (E, r, 4C) -> (N, 4C), (N·k, r); pairs stand
     as in by_expert. The gradients are written by hand, an expert at a time, because this is where autograd would make
-    and keep many tensors of N·k·4C numbers. None is kept: h_e is made anew.
+    and keep many tensors of N·k·4C numbers. None is kept: h_e is made anew. There are no second derivatives here.
     """
 
     @staticmethod
@@ -332,15 +332,16 @@ class Block(nn.Module):
 class HeadLoss(torch.autograd.Function):
     """The mean cross-entropy of a head's logits, a chunk of positions at a time, so that they never exist all at once.
 
-    hidden (N, C), weight (V, C), targets (N,) -> () in nats. The gradients are made along with the loss, while a
-    chunk's logits are there: ∂loss/∂logits = (softmax(logits) − onehot(target)) / N. A frozen head gets none.
+    hidden (N, C), weight (V, C), targets (N,) -> () in nats. Where `learning`, the gradients are made along with the
+    loss, while a chunk's logits are there: ∂loss/∂logits = (softmax(logits) − onehot(target)) / N. A frozen head gets
+    none. There are no second derivatives here.
     """
 
     LOGITS = 2 ** 23  # in a chunk, at most
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        learns, head_learns = ctx.needs_input_grad[:2]  # in evaluation, hidden states need no gradient
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, learning: bool) -> Tensor:
+        learns, head_learns = (learning and needed for needed in ctx.needs_input_grad[:2])
         loss, d_hidden = hidden.new_zeros(()), torch.zeros_like(hidden)
         d_weight = torch.zeros_like(weight) if head_learns else None
         rows = max(1, HeadLoss.LOGITS // len(weight))
@@ -352,7 +353,7 @@ class HeadLoss(torch.autograd.Function):
             loss += Z.log().sum()
             if learns:
                 dh += (logits @ weight) / Z - weight[target[:, 0]]
-            if learns and head_learns:
+            if head_learns:
                 d_weight.addmm_(logits.t(), h / Z).index_add_(0, target[:, 0], -h)
         ctx.save_for_backward(d_hidden, d_weight)
         return loss / len(hidden)
@@ -361,7 +362,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         d_hidden, d_weight = ctx.saved_tensors
         scale = gradient / len(d_hidden)  # the mean's 1/N
-        return scale * d_hidden, None if d_weight is None else scale * d_weight, None
+        return scale * d_hidden, None if d_weight is None else scale * d_weight, None, None
 
 
 def precision(x: Tensor) -> torch.autocast:
@@ -417,6 +418,9 @@ class GPT(nn.Module):
         Raises ValueError, one line, where there is no such model.
         """
         start = base.load(name_or_file, overrides.get("block_size"), overrides.get("n_head"))
+        for name in ("vocab_size", "n_layer", "n_embd"):
+            if overrides.get(name, start.config[name]) != start.config[name]:
+                raise ValueError(f"{name} {overrides[name]}: {name_or_file} has {start.config[name]}; leave it out")
         return cls(GPTConfig(**start.config | overrides), generator, start.tensors)
 
     def initialize(self, generator: torch.Generator | None, pretrained: dict[str, Tensor]) -> None:
@@ -476,7 +480,7 @@ class GPT(nn.Module):
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of targets (B, T), given hidden states (B, T, C)."""
         with precision(hidden):
-            return HeadLoss.apply(hidden.flatten(0, 1), self.tokens.weight, targets.flatten())
+            return HeadLoss.apply(hidden.flatten(0, 1), self.tokens.weight, targets.flatten(), torch.is_grad_enabled())
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         hidden, _ = self.trunk(idx)

@@ -19,7 +19,7 @@ from bilevel import Level, cosine, evaluate
 from data import BadInput
 from model import GENERALIST, GPT, GPTConfig, gpt2_name
 from settings import Pretraining, parse_settings
-from train import blank, write
+from train import DIVERGED, blank, write
 
 
 def pretrain(settings: Pretraining) -> Path:
@@ -27,6 +27,10 @@ def pretrain(settings: Pretraining) -> Path:
     path = Path(settings.out, "base.pt")
     if path.exists() and not settings.overwrite:
         raise BadInput(f"--out {settings.out}: holds a base; take another folder, or --overwrite to replace it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {settings.out}: {error.strerror}; take another folder") from None
     start, text = blank(settings, "bytes"), data.load_public("bytes", settings.block_size)
     config = GPTConfig(**start.config, specialists=0, routed=False)  # one expert: a plain GPT
     model = GPT(config, data.seeded(settings.seed, "base", "weights")).to(settings.device)
@@ -42,7 +46,8 @@ def pretrain(settings: Pretraining) -> Path:
             if step % 50 == 0:
                 bar.set_description(f"loss {loss:.2f}")
     loss, _ = evaluate(model, data.ordered_windows(text.test, 64, settings.block_size, settings.device))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not loss < DIVERGED:
+        raise BadInput(f"--lr {settings.lr}: the loss has grown to {loss:.3g}; take a smaller one")
     tensors = {gpt2_name(name): parameter for name, parameter in model.named_parameters()}
     write(path, lambda file: torch.save(base.pack(tensors, config.n_head, config.gelu, start.tokenizer), file))
     print(f"{path}: {loss / math.log(2):.3f} bits per byte of held-out text, where a trigram needs "

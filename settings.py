@@ -87,7 +87,7 @@ class Training:
     seed: int = setting(0, "of everything random", int, low=0)
     device: str = setting("cpu", "cpu, cuda (in bfloat16), cuda:1, mps, ...")
     compile: bool = setting(False, "compile the models with torch.compile", bool)
-    overwrite: bool = setting(False, "start anew in a folder that holds a run", bool)
+    overwrite: bool = setting(False, "start anew in a folder that is in use", bool)
 
     def __post_init__(self):
         for name, flag in flags(type(self)).items():

@@ -118,6 +118,12 @@ def test_pack_and_load_are_inverse_and_carry_heads_gelu_and_tokenizer(file, tmp_
         base.load(tmp_path / "base.pt", n_head=2)
 
 
+@pytest.mark.parametrize("wrong", [dict(n_layer=1), dict(n_layer=3), dict(vocab_size=12), dict(n_embd=16)])
+def test_what_the_file_decides_cant_be_overridden(wrong, file):
+    with pytest.raises(ValueError, match="leave it out"):
+        GPT.from_pretrained(file, n_head=2, **wrong)
+
+
 def test_models_on_one_base_hold_its_frozen_tensors_once(file):
     start = base.load(file, n_head=2)
     models = [GPT(GPTConfig(**start.config, expert="lora", specialists=S), pretrained=start.tensors) for S in (1, 3)]
@@ -141,8 +147,9 @@ class Trap:
 
 def wrong_files(tmp_path):
     tensors = gpt2_tensors(*TINY)
-    yield "missing.bin", None, "No such file"
-    yield "folder.bin", "folder", "Is a directory"
+    yield "missing.bin", None, "no such file"
+    yield "missing.safetensors", None, "no such file"
+    yield "folder.bin", "folder", "no such file"
     yield "empty.bin", b"", "can't be read"
     yield "text.bin", b"import os", "can't be read"
     yield "trap.bin", pickle.dumps({"wte.weight": Trap(tmp_path / "sprung")}), "can't be read"
@@ -155,6 +162,12 @@ def wrong_files(tmp_path):
     yield "shape.pt", tensors | {"h.0.mlp.c_fc.weight": torch.ones(8, 31)}, "h.0.mlp.c_fc.weight"
     yield "untied.pt", tensors | {"lm_head.weight": torch.ones(11, 8)}, "lm_head.weight"
     yield "ours.pt", {"model": tensors, "config": {"n_head": 3, "gelu": "none"}, "tokenizer": "bytes"}, "heads"
+    yield "nan.pt", tensors | {"wte.weight": torch.full((11, 8), torch.nan)}, "wte.weight is missing, not finite"
+    yield "three.pt", tensors | {"lm_head.weight": 3}, "holds no GPT-2"
+    for i, wrong in enumerate(({"n_head": "4"}, {"n_head": -4}, {"gelu": "foo"})):
+        config = {"n_head": 4, "gelu": "none"} | wrong
+        yield f"config{i}.pt", {"model": tensors, "config": config, "tokenizer": "bytes"}, "config is no|can't be"
+    yield "tokenizer.pt", {"model": tensors, "config": {"n_head": 4, "gelu": "none"}, "tokenizer": 5}, "config is no"
     yield "tiny.pt", tensors, "n_head"  # 8 channels are no heads of 64
 
 

@@ -157,16 +157,17 @@ def test_the_chunked_loss_equals_the_plain_one_in_value_and_gradients(rows, monk
     monkeypatch.setattr(HeadLoss, "LOGITS", rows * 11)
     hidden, weight = (torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (10, 11))
     targets = torch.randint(11, (10,))
-    chunked, plain = HeadLoss.apply(hidden, weight, targets), F.cross_entropy(hidden @ weight.T, targets)
+    chunked, plain = HeadLoss.apply(hidden, weight, targets, True), F.cross_entropy(hidden @ weight.T, targets)
     torch.testing.assert_close(chunked, plain, rtol=0, atol=1e-12)
     for ours, oracle in zip(*(torch.autograd.grad(3 * loss, (hidden, weight)) for loss in (chunked, plain)),
                             strict=True):
         torch.testing.assert_close(ours, oracle, rtol=0, atol=1e-12)
     with torch.no_grad():
-        torch.testing.assert_close(HeadLoss.apply(hidden, weight, targets), plain)
-    frozen = HeadLoss.apply(hidden, weight.detach(), targets)
-    torch.testing.assert_close(torch.autograd.grad(frozen, hidden)[0], torch.autograd.grad(
-        F.cross_entropy(hidden @ weight.T, targets), hidden)[0])
+        torch.testing.assert_close(HeadLoss.apply(hidden, weight, targets, False), plain)
+    for learning in (hidden, weight):  # the other one is frozen
+        loss = HeadLoss.apply(*(x if x is learning else x.detach() for x in (hidden, weight)), targets, True)
+        plain = F.cross_entropy(hidden @ weight.T, targets)
+        torch.testing.assert_close(torch.autograd.grad(loss, learning), torch.autograd.grad(plain, learning))
 
 
 class Sizes(TorchDispatchMode):

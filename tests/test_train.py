@@ -392,11 +392,20 @@ def test_what_a_base_decides_cant_be_asked_for(wrong, pretrained, corpus, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_diverged_base_isnt_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "public", lambda: (words(i, 2500) for i in range(36)))
+    flags = "--steps 12 --n-layer 1 --n-head 2 --n-embd 8 --block-size 8 --lr 1e9 --warmup 0"
+    assert pretrain.main([*flags.split(), "--out", str(tmp_path)]) == 2
+    assert "--lr 1000000000.0" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_base_isnt_replaced_unless_told(pretrained, capsys):
     before = pretrained.read_bytes()
     assert pretrain.main(["--out", str(pretrained.parent)]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert pretrained.read_bytes() == before
+    assert pretrain.main(["--out", str(pretrained)]) == 2  # a file: noticed before the work, not after it
     assert pretrain.main(["--steps", "0"]) == 2
     assert pretrain.main(["--n-embd", "9"]) == 2
     assert pretrain.main(["--users", "4"]) == 2
