@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from data import BadInput
-from settings import Parser, Settings, parse_settings
+from settings import Parser, Settings, parse_settings, status_of
 from train import Run
 
 
@@ -49,25 +49,25 @@ def table(results: dict[str, list[dict]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def main() -> int:
+def compare() -> None:
+    """Raises BadInput."""
     parser = Parser(description=__doc__.splitlines()[0], epilog="All other flags are train.py's.", allow_abbrev=False)
     parser.add_argument("--methods", default="comigs,local,fedavg,centralized", help="default: all four")
     parser.add_argument("--seeds", default="3", help="how many: 0, 1, ... (default: 3)")
     parser.add_argument("--out", default="out/compare", help="folder of the runs (default: out/compare)")
-    try:
-        ours, theirs = parser.parse_known_args()
-        if not ours.seeds.isdigit() or int(ours.seeds) < 1:
-            raise BadInput(f"--seeds {ours.seeds}: not possible; give a whole number of at least 1")
-        settings = {method: [parse_settings([*theirs, "--method", method, "--seed", str(seed),
-                                             "--out", f"{ours.out}/{method}-seed{seed}"])
-                             for seed in range(int(ours.seeds))] for method in ours.methods.split(",")}
-        results = {method: [result_of(one) for one in each] for method, each in settings.items()}
-    except BadInput as error:
-        print(f"compare.py: {error}", file=sys.stderr)
-        return 2
+    ours, theirs = parser.parse_known_args()
+    if not ours.seeds.isdigit() or int(ours.seeds) < 1:
+        raise BadInput(f"--seeds {ours.seeds}: not possible; give a whole number of at least 1")
+    settings = {method: [parse_settings([*theirs, "--method", method, "--seed", str(seed),
+                                         "--out", f"{ours.out}/{method}-seed{seed}"])
+                         for seed in range(int(ours.seeds))] for method in ours.methods.split(",")}
+    results = {method: [result_of(one) for one in each] for method, each in settings.items()}
     (Path(ours.out) / "table.md").write_text(table(results) + "\n")
     print(table(results))
-    return 0
+
+
+def main() -> int:
+    return status_of("compare.py", compare, "the runs that ended are kept")
 
 
 if __name__ == "__main__":

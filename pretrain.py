@@ -18,7 +18,7 @@ import data
 from bilevel import Level, cosine, evaluate
 from data import BadInput
 from model import GENERALIST, GPT, GPTConfig, gpt2_name
-from settings import Pretraining, parse_settings
+from settings import Pretraining, parse_settings, status_of
 from train import DIVERGED, blank, write
 
 
@@ -56,15 +56,7 @@ def pretrain(settings: Pretraining) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        pretrain(parse_settings(arguments, Pretraining))
-    except BadInput as error:
-        print(f"pretrain.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("pretrain.py: stopped; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return status_of("pretrain.py", lambda: pretrain(parse_settings(arguments, Pretraining)), "nothing was written")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@
 
 import argparse
 import math
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -159,6 +161,19 @@ def flags(kind: type) -> dict[str, Flag]:
     """Each field's name -> its flag, of a kind of settings; its own fields come first."""
     own_first = sorted(fields(kind), key=lambda f: f.name not in kind.__annotations__)
     return {f.name: Flag("--" + f.name.replace("_", "-"), **f.metadata) for f in own_first}
+
+
+def status_of(command: str, work: Callable[[], object], if_stopped: str) -> int:
+    """Do the work of a command. Returns its exit status: 0, 2 after bad input, 130 where the user stopped it."""
+    try:
+        work()
+    except BadInput as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{command}: stopped; {if_stopped}", file=sys.stderr)
+        return 130
+    return 0
 
 
 class Parser(argparse.ArgumentParser):

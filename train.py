@@ -32,7 +32,7 @@ from data import BadInput, Text
 from federated import Server, User, federated_round
 from methods import METHODS
 from model import GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig
-from settings import SCRATCH, Settings, Training, flags, parse_settings
+from settings import SCRATCH, Settings, Training, flags, parse_settings, status_of
 
 DIVERGED = 100.0  # nats; guessing at random costs less than 11, with GPT-2's vocabulary
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "result.json")
@@ -267,15 +267,8 @@ def write_json(path: Path, content: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="replace")  # the table's arrows, on a terminal without Unicode
-    try:
-        Run(parse_settings(arguments)).play()
-    except BadInput as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train.py: stopped; what was measured so far is in the run's folder", file=sys.stderr)
-        return 130
-    return 0
+    return status_of("train.py", lambda: Run(parse_settings(arguments)).play(),
+                     "what was measured so far is in the run's folder")
 
 
 if __name__ == "__main__":
