@@ -42,12 +42,20 @@ class Level:
 
     def step(self, model: GPT) -> Tensor:
         """Take one step down the loss on this level's next batch. Returns that loss as it was before, in nats."""
-        _, loss = model(*next(self.batches))
-        loss.backward(inputs=self.parameters)  # of this level only: nothing lands in the other's .grad
+        loss, extra = self.losses(model, *next(self.batches))
+        self.differentiate(loss + extra)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
         return loss.detach()
+
+    def losses(self, model: GPT, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | float]:
+        """The loss, and what a method adds to it (methods.py), which is descended but never reported."""
+        _, loss = model(idx, targets)
+        return loss, 0.0
+
+    def differentiate(self, loss: Tensor) -> None:
+        loss.backward(inputs=self.parameters)  # of this level only: nothing lands in the other's .grad
 
     def state(self) -> dict:
         """All that the next steps depend on, besides the parameters."""

@@ -1,6 +1,7 @@
 """Several methods and seeds side by side: the tables of the README.
 
-    python compare.py --methods comigs,local,fedavg,centralized --seeds 3 [flags of train.py]
+    python compare.py --methods local,fedavg,comigs --seeds 3 [any flag of train.py]
+    python compare.py --methods local,fedavg,comigs --rates 2e-3,6e-3,2e-2 --plot
 
 A run that is already in the folder, with the same settings, isn't run again; so this can be stopped and started again.
 """
@@ -8,23 +9,110 @@ A run that is already in the folder, with the same settings, isn't run again; so
 import json
 import statistics
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from tqdm import tqdm
+
 from data import BadInput
-from settings import Parser, Settings, parse_settings, status_of
-from train import Run
+from methods import METHODS
+from settings import Settings, check, parse_known, parse_settings, setting, status_of
+from train import Run, write, write_json
+
+LEARNED = ("generalist", "specialist", "router")
 
 
-def result_of(settings: Settings) -> dict:
-    """The result of a run: from its folder if it ended there, else by running it, anew if it was broken off."""
-    config, result = (Path(settings.out) / name for name in ("config.json", "result.json"))
+@dataclass
+class Comparison:
+    """How runs are compared. All other flags are train.py's. Raises BadInput."""
+
+    seeds: int = setting(3, "how many, from --seed on", int, low=1)
+    rates: tuple[float, ...] | None = setting(
+        None, "learning rates to choose from, for each method by itself: on validation text, with the first seed",
+        float, above=0, many=True)
+    out: str = setting("out/compare", "folder of the runs, of table.md and of table.json")
+    plot: bool = setting(False, "draw table.png, too (needs matplotlib)", bool)
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclass
+class OfMethods(Comparison):
+    """Several methods side by side. All other flags are train.py's. Raises BadInput."""
+
+    methods: tuple[str, ...] = setting(("comigs", "local", "fedavg", "centralized"), "the rows of the table",
+                                       many=True, choices=tuple(METHODS))
+
+
+Rows = dict[str, Settings]  # by label
+
+
+def finished(settings: Settings, bar: tqdm) -> Path:
+    """The folder of a run, once it is through: as it is if it ended there, else by running it (again)."""
+    folder = Path(settings.out)
+    config = folder / "config.json"
     wanted = json.loads(json.dumps(asdict(settings)))
     if config.exists() and json.loads(config.read_text())["settings"] | {"overwrite": settings.overwrite} == wanted:
-        if result.exists():
-            return json.loads(result.read_text())
+        if (folder / "result.json").exists():
+            bar.update(settings.rounds * settings.users)
+            return folder
         settings = replace(settings, overwrite=True)
-    return Run(settings).play()
+    Run(settings).play(bar)
+    return folder
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def play(rows: Rows, comparison: Comparison) -> tuple[dict[str, list[Path]], dict[str, dict[float, float]]]:
+    """Run all rows, each at its best rate. Returns the folders of each row's seeds, and the mean validation perplexity
+    of its first seed at each rate."""
+    def at(label: str, rate: float, seed: int) -> Settings:
+        first = rows[label]
+        return replace(first, lr=rate, seed=first.seed + seed,
+                       out=f"{comparison.out}/{label.replace(' ', '-')}-lr{rate:g}-seed{first.seed + seed}")
+
+    rates = {label: comparison.rates or (first.lr,) for label, first in rows.items()}
+    total = sum((len(rates[label]) + comparison.seeds - 1) * row.rounds * row.users for label, row in rows.items())
+    folders, tried = {}, {}
+    with tqdm(total=total, unit="user", dynamic_ncols=True) as bar:
+        for label in rows:
+            tuning = {rate: finished(at(label, rate, 0), bar) for rate in rates[label]}
+            tried[label] = {rate: read(folder)["mean_valid_ppl"] for rate, folder in tuning.items()}
+            best = min(tried[label], key=tried[label].get)
+            folders[label] = [tuning[best], *(finished(at(label, best, seed), bar)
+                                              for seed in range(1, comparison.seeds))]
+    return folders, tried
+
+
+def summarize(folders: list[Path], tried: dict[float, float], rivals: list[Path] | None) -> dict:
+    """A row: test perplexities over seeds, by user and over users, and costs per user. `rivals`: runs of `local`."""
+    runs = [read(folder) for folder in folders]
+    first, users = runs[0], len(runs[0]["users"])
+    lines = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders]
+    curve = {}
+    for line in (line for one in lines for line in one):
+        curve.setdefault(line["round"], []).append(line["valid_loss"])
+
+    def over_users(number) -> float:
+        return statistics.mean(map(number, first["users"]))
+
+    pairs = [(ours["test_ppl"], theirs["test_ppl"]) for run, folder in zip(runs, rivals or [], strict=bool(rivals))
+             for ours, theirs in zip(run["users"], read(folder)["users"], strict=True)]
+    return {
+        "rate": min(tried, key=tried.get), "valid_ppl_by_rate": tried,
+        "users": {user["name"]: [run["users"][i]["test_ppl"] for run in runs] for i, user in enumerate(first["users"])},
+        "mean": [run["mean_test_ppl"] for run in runs],
+        "worst": [max(user["test_ppl"] for user in run["users"]) for run in runs],
+        "hurt": statistics.mean(ours > theirs for ours, theirs in pairs) if pairs else None,
+        "trained": over_users(lambda user: sum(user["parameters"][role] for role in LEARNED)),
+        "sent": over_users(lambda user: user["parameters"]["generalist"]),
+        "bytes_up": first["bytes_up"] / first["rounds"] / users,
+        "bytes_down": first["bytes_down"] / first["rounds"] / users,
+        "seconds": statistics.mean(run["seconds"] for run in runs),
+        "valid_loss_by_round": {round: statistics.mean(losses) for round, losses in curve.items()}}
 
 
 def mean_and_deviation(values: list[float]) -> str:
@@ -33,41 +121,76 @@ def mean_and_deviation(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}{deviation}"
 
 
-def table(results: dict[str, list[dict]]) -> str:
-    """Markdown: test perplexity of each method, mean ± standard deviation over seeds, by user and over users."""
-    users = [user["name"] for user in next(iter(results.values()))[0]["users"]]
-    rows = [["method", *users, "mean", "bits/byte", "MB sent"]]
-    for method, runs in results.items():
-        by_user = [[result["users"][i]["test_ppl"] for result in runs] for i in range(len(users))]
-        rows.append([method, *map(mean_and_deviation, by_user),
-                     mean_and_deviation([result["mean_test_ppl"] for result in runs]),
-                     f"{statistics.mean(result['mean_test_bpb'] for result in runs):.3f}",
-                     f"{runs[0]['bytes_up'] / 1e6:.0f}"])
-    trigrams = [user["trigram_ppl"] for user in next(iter(results.values()))[0]["users"]]
-    rows.append(["trigram", *(f"{ppl:.2f}" for ppl in trigrams), f"{statistics.mean(trigrams):.2f}", "", ""])
-    rows.insert(1, ["---"] * len(rows[0]))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def markdown(rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
-def compare() -> None:
-    """Raises BadInput."""
-    parser = Parser(description=__doc__.splitlines()[0], epilog="All other flags are train.py's.", allow_abbrev=False)
-    parser.add_argument("--methods", default="comigs,local,fedavg,centralized", help="default: all four")
-    parser.add_argument("--seeds", default="3", help="how many: 0, 1, ... (default: 3)")
-    parser.add_argument("--out", default="out/compare", help="folder of the runs (default: out/compare)")
-    ours, theirs = parser.parse_known_args()
-    if not ours.seeds.isdigit() or int(ours.seeds) < 1:
-        raise BadInput(f"--seeds {ours.seeds}: not possible; give a whole number of at least 1")
-    settings = {method: [parse_settings([*theirs, "--method", method, "--seed", str(seed),
-                                         "--out", f"{ours.out}/{method}-seed{seed}"])
-                         for seed in range(int(ours.seeds))] for method in ours.methods.split(",")}
-    results = {method: [result_of(one) for one in each] for method, each in settings.items()}
-    (Path(ours.out) / "table.md").write_text(table(results) + "\n")
-    print(table(results))
+def table(summaries: dict[str, dict], anyone: dict) -> str:
+    """Markdown: test perplexity by user and over users, mean ± standard deviation over seeds, and what it costs. Beside
+    them the models as they start and the trigrams, both from the result of any run."""
+    names = [user["name"] for user in anyone["users"]]
+    rows = [["", "rate", *names, "mean", "worst user", "hurt", "trained", "sent", "kB up", "kB down", "seconds"]]
+    for label, row in summaries.items():
+        rows.append([label, f"{row['rate']:g}", *(mean_and_deviation(values) for values in row["users"].values()),
+                     mean_and_deviation(row["mean"]), mean_and_deviation(row["worst"]),
+                     "–" if row["hurt"] is None else f"{row['hurt']:.0%}", f"{row['trained']:,.0f}",
+                     f"{row['sent']:,.0f}", f"{row['bytes_up'] / 1000:,.0f}", f"{row['bytes_down'] / 1000:,.0f}",
+                     f"{row['seconds']:.0f}"])
+    for label, key in (("no training", "test_ppl_start"), ("trigram", "trigram_ppl")):
+        values = [user[key] for user in anyone["users"]]
+        numbers = [*values, statistics.mean(values), max(values)]
+        rows.append([label, "", *(f"{number:.2f}" for number in numbers), *[""] * 6])
+    return markdown(rows)
+
+
+def curves(summaries: dict[str, dict]) -> str:
+    """Markdown: validation loss in nats, mean over users and seeds, after so many rounds."""
+    rounds = list(dict.fromkeys(round for row in summaries.values() for round in row["valid_loss_by_round"]))
+    return markdown([["validation loss after round", *map(str, rounds)], *(
+        [label, *(f"{row['valid_loss_by_round'].get(round, float('nan')):.3f}" for round in rounds)]
+        for label, row in summaries.items())])
+
+
+def draw(summaries: dict[str, dict], path: Path) -> None:
+    """Bars of test perplexity and curves of validation loss. Raises BadInput without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise BadInput("--plot: needs matplotlib, which isn't installed; pip install matplotlib") from None
+    figure = Figure(figsize=(12, 1 + 0.35 * max(10, len(summaries))), layout="constrained")
+    bars, lines = figure.subplots(1, 2)
+    means = [statistics.mean(row["mean"]) for row in summaries.values()]
+    deviations = [statistics.stdev(row["mean"]) if len(row["mean"]) > 1 else 0 for row in summaries.values()]
+    bars.barh(list(summaries), means, xerr=deviations)
+    bars.invert_yaxis()
+    bars.set_xlabel("test perplexity, mean over users")
+    for label, row in summaries.items():
+        lines.plot(*zip(*row["valid_loss_by_round"].items(), strict=True), label=label)
+    lines.set_xlabel("round")
+    lines.set_ylabel("validation loss, nats")
+    lines.legend()
+    write(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def compare(rows: Rows, comparison: Comparison) -> None:
+    """Run all rows, write table.md, table.json and table.png and print the table. Raises BadInput."""
+    folders, tried = play(rows, comparison)
+    summaries = {label: summarize(folders[label], tried[label], folders.get("local")) for label in rows}
+    out, text = Path(comparison.out), table(summaries, read(next(iter(folders.values()))[0]))
+    write(out / "table.md", lambda path: path.write_text(f"{text}\n\n{curves(summaries)}\n"))
+    write_json(out / "table.json", summaries)
+    if comparison.plot:
+        draw(summaries, out / "table.png")
+    print(text)
+
+
+def from_command_line() -> None:
+    comparison, rest = parse_known(None, OfMethods)
+    compare({method: parse_settings([*rest, "--method", method]) for method in comparison.methods}, comparison)
 
 
 def main() -> int:
-    return status_of("compare.py", compare, "the runs that ended are kept")
+    return status_of("compare.py", from_command_line, "the runs that ended are kept")
 
 
 if __name__ == "__main__":

@@ -313,6 +313,13 @@ class RandomWindows:
         return [generator.get_state() for generator in self.generators]
 
 
+def spread_windows(tokens: Tensor, n: int, block_size: int, device: str = "cpu") -> Iterator[Batch]:
+    """One batch of n windows that are spread evenly over a text."""
+    starts = torch.linspace(0, len(tokens) - block_size - 1, n).long()[:, None]  # (n, 1)
+    windows = tokens[starts + torch.arange(block_size + 1)].to(device)  # (n, T + 1)
+    yield windows[:, :-1], windows[:, 1:]
+
+
 def ordered_windows(tokens: Tensor, batch_size: int, block_size: int, device: str = "cpu") -> Iterator[Batch]:
     """A whole text once, in order, in windows that don't overlap; the last one may be shorter.
 

@@ -7,12 +7,12 @@ each user's weight, too.)
     python -m pytest tests/test_federated.py
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from bilevel import Alternation, Level, alternate
+from bilevel import Alternation, Batch, Level, alternate
 from model import GENERALIST, GPT
 
 Message = dict[str, Tensor]  # generalist tensors by name
@@ -24,25 +24,33 @@ def size_of(message: Message) -> int:
 
 
 class User:
-    """A device: its model, its two levels (which hold its text), and a count of the bytes that left and reached it."""
+    """A device: its model, its two levels (which hold its text), and a count of the bytes that left and reached it.
 
-    def __init__(self, name: str, model: GPT, lower: Level, upper: Level | None, weight: float = 1.0):
-        self.name, self.model, self.lower, self.upper = name, model, lower, upper
+    `judge` gives a few batches of its validation text, for methods that need a device's opinion of a model.
+    """
+
+    def __init__(self, name: str, model: GPT, lower: Level, upper: Level | None, weight: float = 1.0,
+                 judge: Callable[[], Iterator[Batch]] | None = None):
+        self.name, self.model, self.lower, self.upper, self.judge = name, model, lower, upper, judge
         self.weight = weight  # in the server's average
         self.version = -1  # of the generalists it holds
         self.bytes_up = self.bytes_down = 0
 
     @property
-    def shared(self) -> list[str]:
-        """The names of this user's generalist tensors."""
-        return list(self.model.having(GENERALIST))
+    def shared(self) -> dict[str, torch.Size]:
+        """The names and shapes of this user's generalist tensors."""
+        return {name: parameter.shape for name, parameter in self.model.having(GENERALIST).items()}
+
+    def receive(self, message: Message) -> None:
+        """What reaches the device."""
+        self.bytes_down += size_of(message)
+        self.adopt(message)
 
     @torch.no_grad()
-    def receive(self, message: Message) -> None:
+    def adopt(self, message: Message) -> None:
         """θ_i^G ← θ^G."""
         for name, parameter in self.model.having(GENERALIST).items():
             parameter.copy_(message[name])
-        self.bytes_down += size_of(message)
 
     def learn(self, plan: Alternation) -> float:
         """A round's local work. Returns the mean training loss, in nats."""
@@ -53,6 +61,9 @@ class User:
         message = {name: parameter.detach().clone() for name, parameter in self.model.having(GENERALIST).items()}
         self.bytes_up += size_of(message)
         return message
+
+    def settle(self) -> None:
+        """What a method does on the device once a model is to be used: nothing, here."""
 
 
 def average(answers: list[Message], weights: list[float]) -> Message:
@@ -75,10 +86,18 @@ class Server:
         self.generalists = {name: tensor.detach().clone() for name, tensor in generalists.items()}
         self.version = 0
 
+    def merge(self, answers: list[Message], weights: list[float]) -> Message:
+        """What becomes of the users' answers."""
+        return average(answers, weights)
+
+    def cut(self, shapes: dict[str, torch.Size]) -> Message:
+        """What of θ^G goes to a user who has a place for tensors of these names and shapes."""
+        return {name: self.generalists[name] for name in shapes}
+
     def deliver(self, user: User) -> None:
-        """Send of θ^G what the user has a place for, unless the user holds it already."""
+        """Send a user its part of θ^G, unless the user holds it already."""
         if user.version < self.version:
-            user.receive({name: self.generalists[name] for name in user.shared})
+            user.receive(self.cut(user.shared))
             user.version = self.version
 
 
@@ -90,5 +109,5 @@ def federated_round(server: Server, users: list[User], plan: Alternation) -> Ite
         loss = user.learn(plan)  # 2. both levels, on the device
         answers.append(user.answer())  # 3. only θ_i^G leaves it
         yield user, loss
-    server.generalists |= average(answers, [user.weight for user in users])  # 4. θ^G ← mean of θ_i^G
+    server.generalists |= server.merge(answers, [user.weight for user in users])  # 4. θ^G ← mean of θ_i^G
     server.version += 1

@@ -1,28 +1,259 @@
-"""Each method is a row: what it does to the roles, and which text teaches the router. The loop is always the same.
+"""CoMiGS and its rivals, each a row of a table: what it does to the roles, and which text teaches the router.
 
     python train.py --method fedavg
+
+What a row can't say is said above the table: a term beside a level's loss, what a device does with what it receives, or
+how the server merges the answers; an equation of its paper each. The loop is always the same (federated.py).
 """
 
 from dataclasses import dataclass, field
 
-from model import GENERALIST, SPECIALIST
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bilevel import Alternation, Level, evaluate
+from federated import Message, Server, User, average
+from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, FixedGates, LowRank, Routing
+
+# --- what stands beside a level's loss -------------------------------------------------------------------------------
+
+
+class Leaky(Level):
+    """The gradient leak of the authors' code, on purpose: a step differentiates with respect to everything, but clears
+    its own level's gradients only, so that the other level's next step descends what has piled up."""
+
+    def differentiate(self, loss: Tensor) -> None:
+        loss.backward()
+
+
+def balance(routing: Routing) -> Tensor:
+    """E Σ_e f_e P_e, with f_e expert e's share of the tokens' choices and P_e its mean probability, a softmax over all
+    experts: 1 at least, where all have the same (Fedus et al. 2021, equation 4; for k > 1 as in Mixtral)."""
+    E = routing.scores.shape[1]
+    f = routing.chosen.flatten().bincount(minlength=E) / routing.chosen.numel()  # (E,)
+    return E * (f * routing.scores.softmax(-1).mean(0)).sum()
+
+
+class Balanced(Level):
+    """pFedMoE as the paper adapts it: the layers' load-balancing losses are added, with this weight."""
+
+    WEIGHT = 0.01
+
+    def losses(self, model: GPT, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, routings = model.trunk(idx)
+        return model.loss(hidden, targets), self.WEIGHT * sum(map(balance, routings))
+
+
+def open_gates(model: GPT, weight: float) -> None:
+    """Share the gates of every layer: `weight` among the generalists, the rest among the specialists."""
+    roles = model.config.expert_roles
+    shares = {GENERALIST: weight / roles.count(GENERALIST), SPECIALIST: (1 - weight) / roles.count(SPECIALIST)}
+    for module in model.modules():
+        if isinstance(module, FixedGates):
+            module.weights = [shares[role] for role in roles]
+
+
+class TwoAdapters(Level):
+    """FDLoRA (Qi et al. 2024): a global and a personal adapter learn each alone, L(generalists) + L(specialists), from
+    the same batches. What the adapters have in common here, attention's changes, descends the sum."""
+
+    def losses(self, model: GPT, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        losses = []
+        for weight in (1.0, 0.0):
+            open_gates(model, weight)
+            losses.append(model(idx, targets)[1])
+        return losses[0], losses[1]
+
+
+class Fusing(User):
+    """FDLoRA's last stage: the adapters' weights w, 1 − w are those of least loss on a few windows of validation text.
+
+    Outputs are fused, not factors, and w is searched on a grid.
+    """
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        def loss(weight: float) -> float:
+            open_gates(self.model, weight)
+            return evaluate(self.model, self.judge())[0]
+
+        open_gates(self.model, min((tenths / 10 for tenths in range(11)), key=loss))
+
+
+# --- trust between users ---------------------------------------------------------------------------------------------
+
+
+class Collecting(Server):
+    """Keeps all users' answers, stacked, and sends every user all of them."""
+
+    def __init__(self, generalists: Message):
+        super().__init__(self.merge([generalists], [1]))
+
+    def merge(self, answers: list[Message], weights: list[float]) -> Message:
+        return {name: torch.stack([answer[name].detach() for answer in answers]) for name in answers[0]}
+
+
+class Trusting(User):
+    """PCL, strategy 2 (Wagner et al. 2024): θ_i = Σ_j w_ij θ_j, with the trust w_ij = softmax_j(−perplexity of θ_j on
+    validation text of user i), all of it computed on the device. The price: users see each other's parameters."""
+
+    @torch.no_grad()
+    def adopt(self, message: Message) -> None:
+        count = len(next(iter(message.values())))
+        candidates = [{name: tensor[j] for name, tensor in message.items()} for j in range(count)]
+        perplexities = []
+        for candidate in candidates:
+            super().adopt(candidate)
+            perplexities.append(evaluate(self.model, self.judge())[0])
+        trust = (-torch.tensor(perplexities).exp()).softmax(0)  # (users,)
+        super().adopt(average(candidates, trust.tolist()))
+
+
+# --- low-rank changes of different ranks -----------------------------------------------------------------------------
+
+
+def pairs(message: Message) -> list[str]:
+    """The low-rank changes in a message: each has an A (r, n_in) and a B (n_out, r)."""
+    return [name.removesuffix(".A") for name in message if name.endswith(".A")]
+
+
+def fit(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """A matrix cut or padded with zeros, at its ends, to a shape."""
+    rows, columns = shape
+    tensor = tensor[:rows, :columns]
+    return F.pad(tensor, (0, columns - tensor.shape[1], 0, rows - tensor.shape[0]))
+
+
+def hetlora_average(answers: list[Message], weights: list[float]) -> Message:
+    """Ā = Σ_i p_i pad(A_i), B̄ = Σ_i p_i pad(B_i), with p_i = ‖B_i A_i‖ / Σ_j ‖B_j A_j‖ in the Frobenius norm, times the
+    user's weight, for each low-rank change by itself (Cho et al. 2024, section 3)."""
+    means = {}
+    for pair in dict.fromkeys(pair for answer in answers for pair in pairs(answer)):
+        A, B = f"{pair}.A", f"{pair}.B"
+        held = [(answer, weight) for answer, weight in zip(answers, weights, strict=True) if A in answer]
+        norms = [weight * (torch.linalg.matrix_norm(one[B] @ one[A]).item() + 1e-12) for one, weight in held]
+        rank = max(len(one[A]) for one, _ in held)
+        means |= average([{A: fit(one[A], (rank, one[A].shape[1])), B: fit(one[B], (len(one[B]), rank))}
+                          for one, _ in held], norms)
+    return means
+
+
+def flexlora_average(answers: list[Message], weights: list[float]) -> Message:
+    """W = Σ_i w_i s_i B_i A_i / Σ_i w_i, decomposed as U Σ Vᵀ and kept as B = U Σ and A = Vᵀ, whose first r columns and
+    rows are the best change of rank r (Bai et al. 2024, section 3). The scale s_i = α/√r_i is the model's own."""
+    products = average([{pair: LowRank.scale_of(len(answer[f"{pair}.A"])) * answer[f"{pair}.B"] @ answer[f"{pair}.A"]
+                         for pair in pairs(answer)} for answer in answers], weights)
+    merged = {}
+    for pair, product in products.items():
+        U, singular, V = torch.linalg.svd(product, full_matrices=False)
+        merged |= {f"{pair}.A": V, f"{pair}.B": U * singular}
+    return merged
+
+
+class HetLoRA(Server):
+    def merge(self, answers: list[Message], weights: list[float]) -> Message:
+        return hetlora_average(answers, weights)
+
+    def cut(self, shapes: dict[str, torch.Size]) -> Message:
+        return {name: fit(self.generalists[name], shape) for name, shape in shapes.items()}
+
+
+class FlexLoRA(HetLoRA):
+    def merge(self, answers: list[Message], weights: list[float]) -> Message:
+        return flexlora_average(answers, weights)
+
+    def cut(self, shapes: dict[str, torch.Size]) -> Message:
+        return {name: tensor / LowRank.scale_of(tensor.shape[1]) if name.endswith(".B") else tensor
+                for name, tensor in super().cut(shapes).items()}
+
+
+def kept(rank: int) -> int:
+    """γr: the ranks that self-pruning would keep."""
+    return max(1, int(0.99 * rank))
+
+
+def tail(model: GPT) -> Tensor:
+    """Σ ‖B[:, γr:]‖ ‖A[γr:, :]‖ over the model's low-rank changes: the size of what self-pruning would take away."""
+    changes = [module for module in model.modules() if isinstance(module, LowRank)]
+    return sum(change.B[:, kept(len(change.A)):].norm() * change.A[kept(len(change.A)):].norm() for change in changes)
+
+
+class Shrinking(Level):
+    """HetLoRA's loss: λ times the tail is added to it (Cho et al. 2024, section 3)."""
+
+    WEIGHT = 0.01  # λ, as in the code of CoMiGS's authors; γ = 0.99 too
+
+    def losses(self, model: GPT, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        loss, _ = super().losses(model, idx, targets)
+        return loss, self.WEIGHT * tail(model)
+
+
+class SelfPruning(User):
+    """HetLoRA's device: where the tail is smaller after a round's work than before it, it is cut off for good."""
+
+    def learn(self, plan: Alternation) -> float:
+        before = tail(self.model).item()
+        loss = super().learn(plan)
+        if tail(self.model).item() < before:
+            self.prune()
+        return loss
+
+    @torch.no_grad()
+    def prune(self) -> None:
+        """Every A and B, and its moments in the optimizer, lose the ranks above γr."""
+        for change in [module for module in self.model.modules() if isinstance(module, LowRank)]:
+            rank = kept(len(change.A))
+            for parameter, axis in ((change.A, 0), (change.B, 1)):
+                parameter.data = parameter.narrow(axis, 0, rank).clone()
+                moments = self.lower.optimizer.state[parameter]
+                for name in ("exp_avg", "exp_avg_sq"):
+                    moments[name] = moments[name].narrow(axis, 0, rank).clone()
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Method:
     summary: str
-    roles: dict[str, str] = field(default_factory=dict)  # role in the paper's model -> role here
-    routed: bool = False  # True: a router, taught on validation text; False: the experts' outputs are averaged
+    roles: dict[str, str] = field(default_factory=dict)  # role, or factor A or B, in the paper's model -> role here
+    routed: bool = False  # True: there is a router; False: the experts' outputs are averaged
+    router_text: str = "valid"  # the split that teaches the router
     pooled: bool = False  # True: one model learns from everyone's text, which then has to leave the devices
+    needs: str = ""  # "lora" or "both", what a run of it can't be without: low-rank changes; both kinds of experts
+    sizes: str = "any"  # users may differ in "any" number of specialists, in "ranks" too, or in "none" of it
+    level: type[Level] = Level
+    user: type[User] = User
+    server: type[Server] = Server
 
+
+SHARED, OWN = {SPECIALIST: GENERALIST}, {GENERALIST: SPECIALIST}
+JOINT = {ROUTER: SPECIALIST}  # the router learns with the experts, from the same text
 
 METHODS = {
     "comigs": Method("generalists are averaged, specialists and routers stay, routers learn from validation text",
                      routed=True),
-    "local": Method("every user trains the same parameters alone",
-                    roles={GENERALIST: SPECIALIST}),
-    "fedavg": Method("everything is averaged, each expert over the users who have it",
-                     roles={SPECIALIST: GENERALIST}),
-    "centralized": Method("one model, the largest user's, learns from everyone's text, a batch of each at a time",
-                          roles={GENERALIST: SPECIALIST}, pooled=True),
+    "comigs-2g": Method("CoMiGS with generalists only", SHARED, routed=True),
+    "comigs-2s": Method("CoMiGS with specialists only: nothing is sent", OWN, routed=True),
+    "comigs-uniform": Method("CoMiGS without routers: all experts have the same weight"),
+    "comigs-train": Method("CoMiGS with routers that learn from training text", routed=True, router_text="train"),
+    "comigs-joint": Method("CoMiGS in one level: routers learn with the experts, from training text", JOINT,
+                           routed=True),
+    "comigs-leaky": Method("CoMiGS with the gradient leak of its authors' code", routed=True, level=Leaky),
+    "local": Method("every user trains the same parameters alone", OWN),
+    "fedavg": Method("everything is averaged, each expert over the users who have it", SHARED),
+    "centralized": Method("one model, the largest user's, learns from everyone's text, a batch of each at a time", OWN,
+                          pooled=True),
+    "pcl": Method("everyone's models are mixed by their perplexity on one's own validation text", SHARED,
+                  sizes="none", user=Trusting, server=Collecting),
+    "pfedmoe": Method("as comigs-joint, with a load-balancing loss", JOINT, routed=True, level=Balanced),
+    "hetlora": Method("zero-padded averaging by the norm of BA, ranks prune themselves", SHARED, needs="lora",
+                      sizes="ranks", level=Shrinking, user=SelfPruning, server=HetLoRA),
+    "flexlora": Method("products BA are averaged, and cut to each rank by SVD", SHARED, needs="lora", sizes="ranks",
+                       server=FlexLoRA),
+    "ffa-lora": Method("A stays as it was at the start, B is averaged", {**SHARED, "A": BACKBONE}, needs="lora"),
+    "fedsa-lora": Method("A is averaged, B stays", {"A": GENERALIST, "B": SPECIALIST}, needs="lora"),
+    "fdlora": Method("a global and a personal adapter, fused by a search on validation text", needs="both",
+                     level=TwoAdapters, user=Fusing),
 }

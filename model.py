@@ -42,7 +42,8 @@ class GPTConfig:
     expert: str = "mlp"  # a key of EXPERTS
     lora_rank: int = 8  # r, of "lora"
     gelu: str = "none"  # F.gelu's approximation; GPT-2's weights want "tanh"
-    roles: dict[str, str] = field(default_factory=dict)  # a method's changes, {"specialist": "generalist"}
+    roles: dict[str, str] = field(default_factory=dict)  # a method's changes: {"specialist": "generalist"}, or of the
+    # factors of low-rank changes, {"A": "backbone"}
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -85,9 +86,13 @@ class LowRank(nn.Module):
     def __init__(self, n_in: int, n_out: int, rank: int, role: str):
         super().__init__()
         self.role = role
-        self.scale = self.ALPHA / rank ** 0.5
+        self.scale = self.scale_of(rank)
         self.A = nn.Parameter(torch.empty(rank, n_in))
         self.B = nn.Parameter(torch.empty(n_out, rank))
+
+    @classmethod
+    def scale_of(cls, rank: int) -> float:
+        return cls.ALPHA / rank ** 0.5
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.scale * F.linear(x, self.A), self.B)
@@ -147,6 +152,7 @@ class Routing(NamedTuple):
 
     gates: Tensor  # (N, k)
     chosen: Tensor  # (N, k), numbers of experts
+    scores: Tensor | None = None  # (N, E), of all experts; None where there is no router
 
 
 class Router(nn.Module):
@@ -163,20 +169,21 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Routing:
         scores = self.scores(x)  # (N, E)
         if self.top_k == scores.shape[1]:
-            return Routing(scores.softmax(-1), everyone(scores))
-        scores, chosen = scores.topk(self.top_k)  # (N, k) each
-        return Routing(scores.softmax(-1), chosen)  # a softmax over the chosen only
+            return Routing(scores.softmax(-1), everyone(scores), scores)
+        highest, chosen = scores.topk(self.top_k)  # (N, k) each
+        return Routing(highest.softmax(-1), chosen, scores)  # a softmax over the chosen only
 
 
-class Uniform(nn.Module):
-    """In the place of a router: every token goes to all experts, with equal weights. No parameters."""
+class FixedGates(nn.Module):
+    """In the place of a router: every token goes to all experts, with the same weights. No parameters."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.experts = len(config.expert_roles)
+        E = len(config.expert_roles)
+        self.weights = [1 / E] * E
 
     def forward(self, x: Tensor) -> Routing:
-        gates = x.new_full((len(x), self.experts), 1 / self.experts)  # (N, E)
+        gates = x.new_tensor(self.weights).expand(len(x), -1)  # (N, E)
         return Routing(gates, everyone(gates))
 
 
@@ -304,7 +311,7 @@ class MoE(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.router = Router(config) if config.routed else Uniform(config)
+        self.router = Router(config) if config.routed else FixedGates(config)
         self.experts = EXPERTS[config.expert](config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
@@ -449,11 +456,12 @@ class GPT(nn.Module):
 
     def find_roles(self) -> dict[str, str]:
         """Every parameter's name -> its one role: that of the innermost part around it, and there must be one."""
-        roles = {}
+        roles, changes = {}, self.config.roles
         for prefix, module in self.named_modules():  # outer parts come before inner ones
             if hasattr(module, "role"):
-                inside = (name for name, _ in module.named_parameters(prefix))
-                roles.update(dict.fromkeys(inside, self.config.roles.get(module.role, module.role)))
+                for name, _ in module.named_parameters(prefix):
+                    factor = name.rpartition(".")[2]  # "A", "B" or another parameter's own name
+                    roles[name] = changes.get(factor, changes.get(module.role, module.role))
         assert roles.keys() == dict(self.named_parameters()).keys()
         assert set(roles.values()) <= set(ROLES)
         return roles

@@ -28,20 +28,20 @@ class Flag:
     high: float | None = None  # the largest
     above: float | None = None  # a bound that is itself too small
     choices: tuple[str, ...] = ()
-    each_user: bool = False  # one value for all users, or one for each
+    many: bool = False  # several values, such as one for each user
 
     def parse(self, text: str):
         """The value of a text from the command line. Raises BadInput."""
         if self.kind is bool:
             return True
         try:
-            return tuple(self.kind(part) for part in text.split(",")) if self.each_user else self.kind(text)
+            return tuple(self.kind(part) for part in text.split(",")) if self.many else self.kind(text)
         except ValueError:
             self.refuse(text)
 
     def check(self, value) -> None:
         """Raise BadInput if the value isn't one that it may have."""
-        for one in value if self.each_user else [value]:
+        for one in value if self.many else [value]:
             unknown = one == "" or (self.choices and one not in self.choices)
             infinite = self.kind is float and not math.isfinite(one)
             small = (self.low is not None and one < self.low) or (self.above is not None and one <= self.above)
@@ -63,7 +63,7 @@ class Flag:
         number = "a whole number" if self.kind is int else "a number"
         bound = f"above {self.above}" if self.low is None else f"of at least {self.low}"
         limit = f" and at most {self.high}" if self.high is not None else ""
-        return f"give {number} {bound}{limit}" + (", or one per user, with commas between" if self.each_user else "")
+        return f"give {number} {bound}{limit}" + (", or several, with commas between" if self.many else "")
 
 
 def setting(default, help: str, kind: type = str, **values):
@@ -92,14 +92,12 @@ class Training:
     overwrite: bool = setting(False, "start anew in a folder that is in use", bool)
 
     def __post_init__(self):
+        check(self)
         for name, flag in flags(type(self)).items():
             value = getattr(self, name)
-            if value is None:
-                continue
-            flag.check(value)
-            if flag.each_user and len(value) not in (1, self.users):
+            if flag.many and value is not None and len(value) not in (1, self.users):
                 flag.refuse(value, f"{len(value)} numbers for {self.users} users", "give one, or one per user")
-            if flag.each_user and len(value) == 1:
+            if flag.many and value is not None and len(value) == 1:
                 setattr(self, name, value * self.users)
         try:
             torch.zeros(1, device=self.device).item()
@@ -112,7 +110,7 @@ class Settings(Training):
     """One run. Values that are given once for all users are repeated for each. Raises BadInput."""
 
     users: int = setting(4, "number of users", int, low=1, high=100_000)
-    specialists: tuple[int, ...] = setting((1,), "specialist experts per layer", int, low=0, each_user=True)
+    specialists: tuple[int, ...] = setting((1,), "specialist experts per layer", int, low=0, many=True)
     generalists: int = setting(1, "generalist experts per layer", int, low=0)
     top_k: int = setting(2, "experts per token; a user with fewer uses all it has; with 1 the router can't learn", int,
                          low=1)
@@ -123,21 +121,24 @@ class Settings(Training):
                           choices=("own", "mixed"))
     train_kb: tuple[float, ...] | None = setting(
         None, f"training text in kB; default: {BUILTIN_TRAIN_KB} of a builtin, of a folder all there is", float,
-        above=0, each_user=True)
+        above=0, many=True)
     expert: str = setting("mlp", "mlp: feed-forward blocks; lora: low-rank changes of the base's, which is frozen",
                           choices=tuple(EXPERTS))
-    lora_rank: tuple[int, ...] = setting((8,), "rank of the changes; methods that average them need one for all", int,
-                                         low=1, each_user=True)
+    lora_rank: tuple[int, ...] = setting((8,), "rank of the changes; most methods that average them need one for all",
+                                         int, low=1, many=True)
     init_from: str = setting("scratch", f"where weights start: scratch, {', '.join(base.NAMES)}, or a file such as "
                                         "pretrain.py writes")
     tokenizer: str | None = setting(None, "what a token is; default: bytes, or the base's", choices=("bytes", "gpt2"))
+    experts_see: str = setting("train", "text that experts learn from: the training text, or the validation text too, "
+                                        "for a comparison in which all methods learn from both",
+                               choices=("train", "both"))
     average: str = setting("uniform", "a user's weight in the average: the same, or its number of training tokens",
                            choices=("uniform", "tokens"))
     rounds: int = setting(64, "communication rounds", int, low=1)
     local_steps: int = setting(10, "expert steps of a user in a round", int, low=1)
     router_every: int = setting(30, "expert steps between two visits to the router", int, low=1)
     router_steps: int = setting(5, "router steps in such a visit", int, low=0)
-    router_lr: float = setting(3e-3, "routers' learning rate", float, above=0)
+    router_lr: float | None = setting(None, "routers' learning rate; default: as --lr", float, above=0)
     eval_every: int = setting(16, "rounds between evaluations on validation text", int, low=1)
     out: str | None = setting(None, "folder of the run; default: a new one under out/")
 
@@ -145,6 +146,14 @@ class Settings(Training):
         super().__post_init__()
         if self.generalists + min(self.specialists) == 0:
             raise BadInput("--generalists 0: a user with --specialists 0 has no expert; give either at least 1")
+        method, sizes = METHODS[self.method], set(zip(self.specialists, self.lora_rank, strict=True))
+        if method.needs == "lora" and self.expert != "lora":
+            raise BadInput(f"--method {self.method}: is about low-rank changes; give --expert lora, and a base")
+        if method.needs == "both" and not (self.generalists and min(self.specialists)):
+            raise BadInput(f"--method {self.method}: needs both kinds of experts; give each user at least 1 of each")
+        if method.sizes == "none" and len(sizes) > 1:
+            raise BadInput(f"--method {self.method}: needs users of the same size; give one number of --specialists "
+                           "and one --lora-rank for all")
         if self.expert == "lora" and self.init_from == "scratch":
             raise BadInput("--expert lora: changes a base, and --init-from scratch has none; give --init-from a file")
 
@@ -161,6 +170,13 @@ def flags(kind: type) -> dict[str, Flag]:
     """Each field's name -> its flag, of a kind of settings; its own fields come first."""
     own_first = sorted(fields(kind), key=lambda f: f.name not in kind.__annotations__)
     return {f.name: Flag("--" + f.name.replace("_", "-"), **f.metadata) for f in own_first}
+
+
+def check(settings) -> None:
+    """Raise BadInput if a value isn't one that it may have; None always may."""
+    for name, flag in flags(type(settings)).items():
+        if getattr(settings, name) is not None:
+            flag.check(getattr(settings, name))
 
 
 def status_of(command: str, work: Callable[[], object], if_stopped: str) -> int:
@@ -183,6 +199,14 @@ class Parser(argparse.ArgumentParser):
 
 def parse_settings(arguments: list[str] | None = None, kind: type = Settings) -> Training:
     """The settings, of some kind, of a command line; None: of this process. Raises BadInput."""
+    settings, rest = parse_known(arguments, kind)
+    if rest:
+        raise BadInput(f"{' '.join(rest)}: not known; see --help")
+    return settings
+
+
+def parse_known(arguments: list[str] | None, kind: type) -> tuple[object, list[str]]:
+    """The settings of some kind, and the arguments that are none of its. Raises BadInput."""
     parser = Parser(description=kind.__doc__.split(". ")[0] + ".", allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
     for name, flag in flags(kind).items():
@@ -190,9 +214,9 @@ def parse_settings(arguments: list[str] | None = None, kind: type = Settings) ->
             parser.add_argument(flag.name, action="store_true", help=flag.help)
         else:
             default = getattr(kind, name)
-            text = ",".join(map(str, default)) if flag.each_user and default else default
-            values = "LIST" if flag.each_user else "|".join(flag.choices) or flag.kind.__name__.upper()
+            text = ",".join(map(str, default)) if flag.many and default else default
+            values = "LIST" if flag.many else "|".join(flag.choices) or flag.kind.__name__.upper()
             parser.add_argument(flag.name, metavar=values,
                                 help=flag.help + (f" (default: {text})" if text is not None else ""))
-    given = vars(parser.parse_args(arguments))
-    return kind(**{name: flag.parse(given[name]) for name, flag in flags(kind).items() if name in given})
+    given, rest = parser.parse_known_args(arguments)
+    return kind(**{name: flags(kind)[name].parse(text) for name, text in vars(given).items()}), rest

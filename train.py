@@ -15,7 +15,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,11 +27,11 @@ from tqdm import tqdm
 import base
 import data
 from base import Base
-from bilevel import Alternation, Level, constant, cosine, evaluate
+from bilevel import Alternation, constant, cosine, evaluate
 from data import BadInput, Text
 from federated import Server, User, federated_round
 from methods import METHODS
-from model import GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig
+from model import BACKBONE, GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig
 from settings import SCRATCH, Settings, Training, flags, parse_settings, status_of
 
 DIVERGED = 100.0  # nats; guessing at random costs less than 11, with GPT-2's vocabulary
@@ -81,38 +81,51 @@ def build_model(settings: Settings, start: Base, specialists: int, rank: int, ow
 
 def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> User:
     """A user with the text of one, or, for pooled methods, of all."""
-    def batches(split: str) -> data.RandomWindows:
-        return data.RandomWindows([getattr(text, split) for text in texts],
-                                  [data.seeded(settings.seed, text.name, split) for text in texts],
+    method = METHODS[settings.method]
+
+    def batches(splits: tuple[str, ...], purpose: str) -> data.RandomWindows:
+        return data.RandomWindows([torch.cat([getattr(text, split) for split in splits]) for text in texts],
+                                  [data.seeded(settings.seed, text.name, purpose) for text in texts],
                                   settings.batch_size, settings.block_size, settings.device)
 
+    def judge() -> Iterator[data.Batch]:
+        return data.spread_windows(torch.cat([text.valid for text in texts]), 32, settings.block_size, settings.device)
+
+    seen = ("train", "valid") if settings.experts_see == "both" else ("train",)
     steps = settings.rounds * settings.local_steps
-    lower = Level(model.having(GENERALIST, SPECIALIST), batches("train"), settings.lr, settings.weight_decay,
-                  cosine(steps, min(settings.warmup, steps // 5)))
+    lower = method.level(model.having(GENERALIST, SPECIALIST), batches(seen, "train"), settings.lr,
+                         settings.weight_decay, cosine(steps, min(settings.warmup, steps // 5)))
     router = model.having(ROUTER)
-    upper = Level(router, batches("valid"), settings.router_lr, 0.0, constant) if router else None
+    upper = method.level(router, batches((method.router_text,), "valid"), settings.router_lr or settings.lr,
+                         0.0, constant) if router else None
     weight = sum(len(text.train) for text in texts) if settings.average == "tokens" else 1
-    return User(name, model, lower, upper, weight)
+    return method.user(name, model, lower, upper, weight, judge)
 
 
 def build(settings: Settings, start: Base, texts: list[Text]) -> tuple[Server, list[User]]:
     """The server, and the users: one for each text, or a single one for all if the method pools them."""
+    method = METHODS[settings.method]
     largest = max(settings.specialists), max(settings.lora_rank)
-    server = Server(build_model(settings, start, *largest, "server").having(GENERALIST))
-    if METHODS[settings.method].pooled:
+    common = build_model(settings, start, *largest, "server")
+    server = method.server(common.having(GENERALIST))
+    if method.pooled:
         return server, [build_user(settings, "everyone", build_model(settings, start, *largest, "everyone"), texts)]
     sizes = zip(settings.specialists, settings.lora_rank, strict=True)
     models = [build_model(settings, start, *size, text.name) for text, size in zip(texts, sizes, strict=True)]
-    if server.generalists and settings.expert == "lora" and len(set(settings.lora_rank)) > 1:
+    one_rank = len(set(settings.lora_rank)) == 1 or settings.expert != "lora"
+    if server.generalists and not one_rank and method.sizes != "ranks":
         flags(Settings)["lora_rank"].refuse(
             settings.lora_rank, f"--method {settings.method} averages the users' changes", "give one rank for all")
+    for model in models:  # what is frozen is the same for all, if it isn't pretrained either
+        frozen = common.having(BACKBONE)
+        model.load_state_dict({name: frozen[name] for name in model.having(BACKBONE)}, strict=False, assign=True)
     return server, [build_user(settings, text.name, model, [text]) for text, model in zip(texts, models, strict=True)]
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 class Run:
-    """A whole run: play() plays the rounds, writes the folder and prints the table. Raises BadInput."""
+    """A whole run: play() plays the rounds and writes the folder. Raises BadInput."""
 
     def __init__(self, settings: Settings):
         self.start = time.perf_counter()
@@ -125,24 +138,23 @@ class Run:
         self.learners = self.users * len(self.texts) if pooled else self.users  # whose model a text is tested on
         self.folder = open_folder(settings, self.base)
 
-    def play(self) -> dict:
-        """Returns what result.json holds."""
+    def play(self, bar: tqdm) -> dict:
+        """Returns what result.json holds. Moves the bar by `users` in each round."""
         settings, users = self.settings, self.users
         plan = Alternation(settings.local_steps, settings.router_every, settings.router_steps)
         before = self.measure("test")
         self.log(0, {}, before)
-        with tqdm(total=settings.rounds * len(users), unit="user", dynamic_ncols=True) as bar:
-            for number in range(1, settings.rounds + 1):
-                losses = {}
-                for user, loss in federated_round(self.server, users, plan):
-                    losses[user] = loss
-                    bar.update()
-                    bar.set_description(f"round {number}/{settings.rounds}, {user.name}, loss {loss:.2f}")
-                if number % settings.eval_every == 0 or number == settings.rounds:
-                    self.log(number, losses, before)
-        result = self.summarize(before, self.measure("test"))
+        for number in range(1, settings.rounds + 1):
+            losses = {}
+            for user, loss in federated_round(self.server, users, plan):
+                losses[user] = loss
+                bar.update(settings.users // len(users))
+                bar.set_description(f"{settings.method}, round {number}/{settings.rounds}, {user.name}, "
+                                    f"loss {loss:.2f}")
+            if number % settings.eval_every == 0 or number == settings.rounds:
+                valid = self.log(number, losses, before)
+        result = self.summarize(before, valid, self.measure("test"))
         write_json(self.folder / "result.json", result)
-        print(table(result, self.folder))
         return result
 
     def measure(self, split: str) -> list[tuple[float, list[float]]]:
@@ -150,7 +162,8 @@ class Run:
         T, measured = self.settings.block_size, []
         for user, text in zip(self.learners, self.texts, strict=True):
             self.server.deliver(user)
-            windows = data.ordered_windows(getattr(text, split), max(1, 4096 // T), T, self.settings.device)
+            user.settle()
+            windows = data.ordered_windows(getattr(text, split), max(1, 1024 // T), T, self.settings.device)
             loss, gates = evaluate(user.model, windows)  # gates: (L, E)
             if not loss < DIVERGED:
                 raise BadInput(f"--lr {self.settings.lr}: the loss of user {user.name} has grown to {loss:.3g}; "
@@ -159,27 +172,30 @@ class Run:
             measured.append((loss, gates[:, generalist].sum(1).tolist()))
         return measured
 
-    def log(self, number: int, losses: dict[User, float], before: list) -> None:
-        """Add the validation losses after a round to metrics.jsonl, and save the checkpoint."""
+    def log(self, number: int, losses: dict[User, float], before: list) -> list:
+        """Measure validation losses after a round, add them to metrics.jsonl, save the checkpoint, return them."""
+        valid = self.measure("valid")
         lines = [json.dumps({
             "round": number, "user": text.name, "train_loss": losses.get(user), "valid_loss": loss,
             "generalist_share": share, "bytes_up": user.bytes_up, "bytes_down": user.bytes_down}) + "\n"
-            for text, user, (loss, share) in zip(self.texts, self.learners, self.measure("valid"), strict=True)]
+            for text, user, (loss, share) in zip(self.texts, self.learners, valid, strict=True)]
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.writelines(lines)
         state = checkpoint(self.settings, self.base, self.server, self.users) | {"round": number, "test_start": before}
         write(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
+        return valid
 
-    def summarize(self, before: list, after: list) -> dict:
+    def summarize(self, before: list, valid: list, after: list) -> dict:
         """What result.json holds."""
         rows = []
-        for text, user, (start, _), (loss, share) in zip(self.texts, self.learners, before, after, strict=True):
+        for text, user, (start, _), (valid_loss, _), (loss, share) in zip(self.texts, self.learners, before, valid,
+                                                                          after, strict=True):
             config = user.model.config
             rows.append({
                 "name": text.name, "generalists": config.generalists, "specialists": config.specialists,
                 "train_bytes": text.train_bytes, "train_tokens": len(text.train),
                 "parameters": {role: sum(p.numel() for p in user.model.having(role).values()) for role in ROLES},
-                "test_ppl_start": math.exp(start), "test_ppl": math.exp(loss),
+                "valid_ppl": math.exp(valid_loss), "test_ppl_start": math.exp(start), "test_ppl": math.exp(loss),
                 "test_bpb": loss * (len(text.test) - 1) / math.log(2) / text.test_bytes,
                 "trigram_ppl": math.exp(data.trigram_loss(text.train, text.test, config.vocab_size)),
                 "generalist_share": share})
@@ -190,8 +206,8 @@ class Run:
             "tokens_seen": sum(level.steps * level.batches.tokens_per_batch for level in levels),
             "bytes_up": sum(user.bytes_up for user in self.users),
             "bytes_down": sum(user.bytes_down for user in self.users),
-            "mean_test_ppl": sum(row["test_ppl"] for row in rows) / len(rows),
-            "mean_test_bpb": sum(row["test_bpb"] for row in rows) / len(rows), "users": rows}
+            **{f"mean_{name}": sum(row[name] for row in rows) / len(rows)
+               for name in ("valid_ppl", "test_ppl", "test_bpb")}, "users": rows}
 
 
 def table(result: dict, folder: Path) -> str:
@@ -265,9 +281,17 @@ def write_json(path: Path, content: dict) -> None:
     write(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
 
 
+def train(settings: Settings) -> None:
+    """Raises BadInput."""
+    run = Run(settings)
+    with tqdm(total=settings.rounds * settings.users, unit="user", dynamic_ncols=True) as bar:
+        result = run.play(bar)
+    print(table(result, run.folder))
+
+
 def main(arguments: list[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="replace")  # the table's arrows, on a terminal without Unicode
-    return status_of("train.py", lambda: Run(parse_settings(arguments)).play(),
+    return status_of("train.py", lambda: train(parse_settings(arguments)),
                      "what was measured so far is in the run's folder")
 
 

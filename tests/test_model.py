@@ -219,7 +219,7 @@ def test_gates_are_a_softmax_over_the_chosen_scores():
         router.scores.weight[:, 0] = torch.tensor([1.0, 3.0, 2.0])
     x = torch.zeros(1, 8, dtype=torch.float64)
     x[0, 0] = 1
-    gates, chosen = router(x)
+    gates, chosen, _ = router(x)
     assert chosen.tolist() == [[1, 2]]
     e = torch.e
     torch.testing.assert_close(gates, torch.tensor([[e / (1 + e), 1 / (1 + e)]], dtype=torch.float64))

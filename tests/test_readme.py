@@ -23,7 +23,7 @@ def test_every_flag_is_in_the_table_with_its_default():
     for name, flag in flags(Settings).items():
         default = getattr(Settings, name)
         if default is not None and flag.kind is not bool:
-            value, = default if flag.each_user else [default]
+            value, = default if flag.many else [default]
             assert rows[flag.name] == str(value), flag.name
 
 

@@ -7,14 +7,15 @@ import re
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import base
-import compare
 import data
 import pretrain
 import train
 from data import RandomWindows
-from model import BACKBONE, SPECIALIST
+from methods import METHODS
+from model import BACKBONE, ROUTER, SPECIALIST
 from settings import Settings, parse_settings
 from test_data import words
 
@@ -22,15 +23,6 @@ SHAPE = "--n-layer 1 --n-head 2 --n-embd 8".split()
 SCHEDULE = ("--users 3 --specialists 0,1,3 --block-size 8 --batch-size 2 --rounds 3 --local-steps 2 --router-every 2 "
             "--router-steps 1 --warmup 1 --eval-every 2").split()
 TINY = [*SHAPE, *SCHEDULE]
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    """Three users, of whom one has twice as much text."""
-    for i, name in enumerate(("anna", "bert", "cleo")):
-        (tmp_path / "text").mkdir(exist_ok=True)
-        (tmp_path / "text" / f"{name}.txt").write_text(words(i, 3000 * (1 + i // 2)))
-    return str(tmp_path / "text")
 
 
 def run(corpus, out, *more) -> dict:
@@ -105,17 +97,18 @@ def test_one_more_user_doesnt_change_another_ones_batches(corpus, tmp_path, monk
     assert all(map(torch.equal, batches["few"], batches["many"]))
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.needs != "lora"])
 def test_every_method_runs_with_the_parameters_and_the_batches_of_the_others(method, corpus, tmp_path):
     result = run(corpus, tmp_path / "run", "--method", method, "--specialists", "1")
+    routed, taught = METHODS[method].routed, METHODS[method].routed and ROUTER not in METHODS[method].roles
     for user in result["users"]:
         roles = user["parameters"]
         embeddings, attention, norms, expert = (257 + 8) * 8, 4 * 8 * 8 + 4 * 8, 3 * 2 * 8, 2 * 8 * 32 + 32 + 8
-        assert sum(roles.values()) - roles["router"] == embeddings + attention + norms + 2 * expert
-        assert (roles["router"] > 0) == (method == "comigs")
+        assert sum(roles.values()) == embeddings + attention + norms + 2 * expert + routed * 2 * 8
+        assert (roles["router"] > 0) == taught
     expert_tokens = 3 * 6 * 2 * 8
-    assert result["tokens_seen"] == expert_tokens + (3 * 3 * 2 * 8 if method == "comigs" else 0)
-    assert (result["bytes_up"] == 0) == (method in ("local", "centralized"))
+    assert result["tokens_seen"] == expert_tokens + (3 * 3 * 2 * 8 if taught else 0)
+    assert (result["bytes_up"] == 0) == (method in ("local", "centralized", "comigs-2s"))
 
 
 def small_settings(corpus, *more) -> tuple[Settings, base.Base, list[data.Text]]:
@@ -129,8 +122,8 @@ def test_each_level_gets_its_own_text_rate_and_schedule(corpus):
                                             "--top-k", "3")
     _, users = train.build(settings, start, texts)
     for user, text in zip(users, texts, strict=True):
-        assert user.lower.batches.texts[0] is text.train
-        assert user.upper.batches.texts[0] is text.valid
+        assert torch.equal(user.lower.batches.texts[0], text.train)
+        assert torch.equal(user.upper.batches.texts[0], text.valid)
         for level, rate, decay, at_the_end in ((user.lower, 0.5, 0.125, 0.1), (user.upper, 0.25, 0.0, 1.0)):
             assert level.schedule.base_lrs == [rate]
             assert level.optimizer.param_groups[0]["weight_decay"] == decay
@@ -145,6 +138,17 @@ def test_users_can_count_by_their_training_tokens(corpus):
     _, users = train.build(settings, start, texts)
     assert [user.weight for user in users] == [len(text.train) for text in texts]
     assert users[0].weight != users[2].weight
+
+
+def test_experts_can_learn_from_validation_text_too_and_routers_from_training_text(corpus):
+    for more, lower, upper in ((["--experts-see", "both"], ("train", "valid"), ("valid",)),
+                               (["--method", "comigs-train"], ("train",), ("train",))):
+        settings, start, texts = small_settings(corpus, *more)
+        _, users = train.build(settings, start, texts)
+        for user, text in zip(users, texts, strict=True):
+            for level, splits in ((user.lower, lower), (user.upper, upper)):
+                assert torch.equal(level.batches.texts[0], torch.cat([getattr(text, split) for split in splits]))
+            assert not torch.equal(next(user.lower.batches)[0], next(user.upper.batches)[0])
 
 
 def test_reported_perplexities_are_those_of_the_test_text(corpus, tmp_path):
@@ -244,6 +248,7 @@ WRONG = """
     --n-layer 0; --n-head 3; --n-head 0; --n-embd 0; --n-embd 9; --seed x; --seed -1
     --device nonsense; --device cuda:99; --device meta; --device hpu; --nonsense 1; more
     --users 100000000000; --rounds 1e3
+    --method hetlora; --method ffa-lora; --method pcl; --method fdlora; --experts-see nothing
     --expert lora; --expert nonsense; --lora-rank 0; --lora-rank 1,2; --lora-rank x; --init-from nowhere
 """
 
@@ -266,28 +271,6 @@ def test_a_run_folder_that_is_a_file_is_one_line_too(corpus, tmp_path, capsys):
         assert train.main([*TINY, "--data", corpus, "--out", str(tmp_path / out)]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
     assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_compare_runs_what_is_missing_and_averages_over_seeds(corpus, tmp_path, monkeypatch, capsys):
-    def compared(*more):
-        monkeypatch.setattr("sys.argv", ["compare.py", "--methods", "comigs,local", "--seeds", "2", "--out",
-                                         str(tmp_path / "runs"), *TINY, "--data", corpus, "--rounds", "1", *more])
-        return compare.main(), (tmp_path / "runs" / "table.md").read_text(), capsys.readouterr()
-
-    status, table, _ = compared()
-    results = [json.loads((tmp_path / "runs" / f"local-seed{seed}" / "result.json").read_text()) for seed in (0, 1)]
-    mean = sum(result["mean_test_ppl"] for result in results) / 2
-    assert status == 0
-    assert f"{mean:.2f} ±" in table.splitlines()[3]
-    monkeypatch.setattr(compare, "Run", None)  # nothing is missing any more
-    assert compared()[:2] == (0, table)
-    assert compared("--overwrite")[0] == 0
-    monkeypatch.setattr(compare, "Run", train.Run)
-    (tmp_path / "runs" / "local-seed1" / "result.json").unlink()  # broken off
-    assert compared()[:2] == (0, table)
-    status, _, printed = compared("--lr", "0.5")  # other settings: the runs that are there are kept
-    assert status == 2
-    assert "holds a run" in printed.err
 
 
 def test_help_shows_every_flag_with_its_default(capsys):
@@ -343,7 +326,7 @@ def test_the_backbone_is_the_same_object_in_all_users_and_keeps_its_bits_through
     backbones = [user.model.having(BACKBONE) for user in run.users]
     assert len({tuple(map(id, backbone.values())) for backbone in backbones}) == 1
     before = {name: parameter.clone() for name, parameter in backbones[0].items()}
-    run.play()
+    run.play(tqdm(disable=True))
     for user in run.users:
         assert [*map(id, user.model.having(BACKBONE).values())] == [*map(id, backbones[0].values())]
         learning = {id(p) for level in (user.lower, user.upper) for p in level.parameters}
@@ -359,16 +342,32 @@ def test_whole_blocks_can_start_from_a_base_too_and_then_learn_apart(pretrained,
     cleo = run.users[2].model.having(SPECIALIST)
     one, two = (cleo[f"blocks.0.moe.experts.{e}.up.weight"] for e in (1, 2))
     assert torch.equal(one, two)
-    result = run.play()
+    result = run.play(tqdm(disable=True))
     assert not torch.equal(one, two)
     assert all(user["test_ppl"] < user["test_ppl_start"] for user in result["users"])
     assert not any(user["parameters"]["backbone"] for user in result["users"])
 
 
-def test_every_method_runs_with_low_rank_experts(pretrained, corpus, tmp_path):
-    for method in train.METHODS:
-        result = from_base(pretrained, corpus, tmp_path / method, "--expert", "lora", "--method", method)
-        assert all(user["test_ppl"] < user["test_ppl_start"] for user in result["users"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_with_low_rank_experts(method, pretrained, corpus, tmp_path):
+    result = from_base(pretrained, corpus, tmp_path, "--expert", "lora", "--method", method, "--specialists", "1")
+    expert, attention, router = 10 * 16 * 8, 6 * 16 * 8, METHODS[method].routed * 16 * 2
+    for user in result["users"]:
+        assert math.isfinite(user["test_ppl"])
+        assert user["test_ppl"] != user["test_ppl_start"]
+        changed = sum(user["parameters"].values()) - ((257 + 8) * 16 + 2 * 16 + 2 * (12 * 16 * 16 + 13 * 16))
+        assert changed == 2 * (attention + 2 * expert + router) or method == "hetlora"  # whose ranks prune themselves
+
+
+def test_what_is_frozen_at_its_random_start_is_the_same_for_all_users(pretrained, corpus, tmp_path):
+    """Else averaging FFA-LoRA's B alone would make no sense."""
+    settings = parse_settings([*SCHEDULE, "--init-from", str(pretrained), "--data", corpus, "--expert", "lora",
+                               "--method", "ffa-lora", "--out", str(tmp_path / "run")])
+    users = train.Run(settings).users
+    one, two = (user.model.having(BACKBONE) for user in users[1:])
+    frozen = [name for name in one if name.endswith(".A")]
+    assert len(frozen) == 2 * (2 + 2 * 2)  # layers × (attention's and two experts' changes)
+    assert all(two[name] is one[name] for name in frozen)
 
 
 def test_ranks_may_differ_where_nothing_is_averaged(pretrained, corpus, tmp_path, capsys):

@@ -1,0 +1,171 @@
+"""Comparisons: what is run, what is chosen by which text, and what the tables say."""
+
+import json
+import math
+import sys
+
+import pytest
+
+import compare
+import experiments
+import train
+from compare import Comparison, markdown, mean_and_deviation, summarize, table
+from settings import parse_settings
+
+TINY = ("--n-layer 1 --n-head 2 --n-embd 8 --users 3 --block-size 8 --batch-size 2 --rounds 1 --local-steps 2 "
+        "--router-every 2 --router-steps 1 --warmup 1").split()
+
+
+@pytest.fixture
+def compared(corpus, tmp_path, monkeypatch, capsys):
+    """Runs compare.py on the tiny corpus: exit status, table.md and what was printed."""
+    def run(*more):
+        monkeypatch.setattr("sys.argv", ["compare.py", "--methods", "comigs,local", "--seeds", "2", "--out",
+                                         str(tmp_path / "runs"), *TINY, "--data", corpus, *more])
+        status, file = compare.main(), tmp_path / "runs" / "table.md"
+        return status, file.read_text() if file.exists() else "", capsys.readouterr()
+    return run
+
+
+def result(folder) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_what_is_there_isnt_run_again_and_what_was_broken_off_is(compared, tmp_path, monkeypatch):
+    status, text, _ = compared()
+    assert status == 0
+    runs = [result(tmp_path / "runs" / f"local-lr0.006-seed{seed}") for seed in (0, 1)]
+    assert f"{sum(run['mean_test_ppl'] for run in runs) / 2:.2f} ±" in text.splitlines()[3]
+    assert all(name in text for name in ("anna", "bert", "cleo", "no training", "trigram"))
+    monkeypatch.setattr(compare, "Run", None)  # nothing is missing any more
+    assert compared()[:2] == (0, text)
+    assert compared("--overwrite")[0] == 0
+    monkeypatch.setattr(compare, "Run", train.Run)
+    (tmp_path / "runs" / "local-lr0.006-seed1" / "result.json").unlink()  # broken off
+    assert compared()[0] == 0
+    assert result(tmp_path / "runs" / "local-lr0.006-seed1")["users"] == runs[1]["users"]
+
+
+def test_runs_with_other_settings_are_kept(compared):
+    compared()
+    status, _, printed = compared("--local-steps", "3")
+    assert status == 2
+    assert "holds a run" in printed.err
+
+
+def test_each_method_gets_the_rate_that_is_best_on_validation_text_of_the_first_seed(compared, tmp_path):
+    compared("--rates", "1e-4,1e-2")
+    summaries = json.loads((tmp_path / "runs" / "table.json").read_text())
+    for method in ("comigs", "local"):
+        tried = {rate: result(tmp_path / "runs" / f"{method}-lr{rate}-seed0") for rate in ("0.0001", "0.01")}
+        assert summaries[method]["valid_ppl_by_rate"] == {rate: run["mean_valid_ppl"] for rate, run in tried.items()}
+        best = min(tried, key=lambda rate: tried[rate]["mean_valid_ppl"])
+        assert summaries[method]["rate"] == float(best)
+        assert (tmp_path / "runs" / f"{method}-lr{best}-seed1").exists()
+        other, = tried.keys() - {best}
+        assert not (tmp_path / "runs" / f"{method}-lr{other}-seed1").exists()
+
+
+def fake_run(folder, *ppls) -> object:
+    folder.mkdir()
+    users = [{"name": f"u{i}", "test_ppl": ppl, "test_ppl_start": 9.0, "trigram_ppl": 8.0, "parameters": {
+        "backbone": 1000, "generalist": 10 * (i + 1), "specialist": 5, "router": 1}} for i, ppl in enumerate(ppls)]
+    (folder / "result.json").write_text(json.dumps({
+        "users": users, "mean_test_ppl": sum(ppls) / len(ppls), "bytes_up": 400, "bytes_down": 800, "rounds": 10,
+        "seconds": 3.0}))
+    lines = [{"round": round, "valid_loss": loss} for round, loss in ((0, 3.0), (0, 5.0), (10, 1.0), (10, 2.0))]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_a_row_worked_by_hand(tmp_path):
+    ours = [fake_run(tmp_path / "a", 2.0, 6.0), fake_run(tmp_path / "b", 4.0, 8.0)]
+    local = [fake_run(tmp_path / "c", 3.0, 5.0), fake_run(tmp_path / "d", 5.0, 9.0)]
+    row = summarize(ours, {0.1: 7.0, 0.2: 6.0}, local)
+    assert row["rate"] == 0.2
+    assert row["users"] == {"u0": [2, 4], "u1": [6, 8]}
+    assert (row["mean"], row["worst"]) == ([4, 6], [6, 8])
+    assert row["hurt"] == 0.25  # one of four: 6 against 5
+    assert (row["trained"], row["sent"]) == (21, 15)  # means over users
+    assert (row["bytes_up"], row["bytes_down"]) == (20, 40)  # per user and round
+    assert row["valid_loss_by_round"] == {0: 4.0, 10: 1.5}
+    assert summarize(ours, {0.2: 6.0}, None)["hurt"] is None
+    line = table({"ours": row}, result(ours[0])).splitlines()[2]
+    assert line.startswith("| ours | 0.2 | 3.00 ± 1.41 | 7.00 ± 1.41 | 5.00 ± 1.41 | 7.00 ± 1.41 | 25% | 21 | 15 |")
+    assert compare.curves({"ours": row}).splitlines()[2] == "| ours | 4.000 | 1.500 |"
+
+
+def test_mean_and_deviation_and_markdown():
+    assert mean_and_deviation([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
+    assert mean_and_deviation([1.0]) == "1.00"
+    assert markdown([["a", "b"], ["c", "d"]]) == "| a | b |\n| --- | --- |\n| c | d |"
+
+
+def test_a_plot_without_matplotlib_is_one_line_and_the_table_is_there(compared, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    status, text, printed = compared("--plot")
+    assert status == 2
+    assert "pip install matplotlib" in printed.err.splitlines()[-1]
+    assert "comigs" in text
+
+
+def test_a_plot_is_a_picture(compared, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib isn't installed")
+    assert compared("--plot")[0] == 0
+    assert (tmp_path / "runs" / "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("wrong", ["--methods nonsense", "--methods comigs,,local", "--seeds 0", "--seeds x",
+                                   "--rates 0", "--rates 1e-3,x", "--nonsense 1", "--rounds 0"])
+def test_bad_input_is_one_line_before_anything_is_run(wrong, compared, tmp_path):
+    status, _, printed = compared(*wrong.split())
+    line, = printed.err.splitlines()
+    assert status == 2
+    assert wrong.split()[0] in line
+    assert not (tmp_path / "runs").exists()
+
+
+# --- experiments -----------------------------------------------------------------------------------------------------
+
+def settings_of(name: str, base: str) -> dict:
+    return {label: parse_settings([*experiments.COMMON.split(), *flags.split(), "--init-from", base])
+            for label, flags in experiments.EXPERIMENTS[name][1].items()}
+
+
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+def test_in_an_experiment_only_what_it_asks_about_differs(name):
+    """Steps, batches, rounds, base and users are the same in all rows; rates stand in CHOSEN."""
+    rows = settings_of(name, "base.pt")
+    for same in ("rounds", "local_steps", "batch_size", "block_size", "users", "router_every", "router_steps", "target",
+                 "data", "init_from", "warmup", "weight_decay", "experts_see"):
+        assert len({getattr(row, same) for row in rows.values()}) == 1, same
+    for row in rows.values():
+        assert row.lr == experiments.CHOSEN.get(row.method, 6e-3) or name == "scratch"
+    assert any(row.method == "comigs" for row in rows.values())
+
+
+@pytest.mark.parametrize("name", ["E-more", "E-less"])
+def test_devices_of_different_size_have_as_many_parameters_in_every_row(name):
+    """But for the routers: per layer and channel, attention's changes have 6 r parameters and an expert's 10 r."""
+    for row in settings_of(name, "base.pt").values():
+        sizes = [6 * r + 10 * r * (row.generalists + s) for s, r in zip(row.specialists, row.lora_rank, strict=True)]
+        assert sizes == [16 * 13, 16 * 18, 16 * 28, 16 * 48]
+
+
+def test_an_experiment_is_one_command(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "COMMON", " ".join(TINY))
+    monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", ("a title", {
+        "comigs": experiments.run_of("comigs"), "local 2 S": experiments.run_of("local", "--specialists 2")}))
+    flags = ["tiny", "--out", str(tmp_path / "tiny"), "--data", corpus, "--seeds", "1"]
+    assert experiments.main(flags) == 0
+    assert "a title" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "tiny" / "table.json").read_text())
+    assert rows.keys() == {"comigs", "local 2 S"}
+    assert all(math.isfinite(row["mean"][0]) for row in rows.values())
+    assert experiments.main(["nonsense"]) == experiments.main([]) == 2
+    assert all("give one of A" in line for line in capsys.readouterr().err.splitlines()[-2:])
+
+
+def test_a_comparison_has_defaults():
+    assert Comparison().seeds == 3
