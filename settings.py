@@ -114,8 +114,7 @@ class Settings(Training):
     generalists: int = setting(1, "generalist experts per layer", int, low=0)
     top_k: int = setting(2, "experts per token; a user with fewer uses all it has; with 1 the router can't learn", int,
                          low=1)
-    method: str = setting("comigs", "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items()),
-                          choices=tuple(METHODS))
+    method: str = setting("comigs", "a row of methods.py", choices=tuple(METHODS))
     data: str = setting("builtin", f"text: {', '.join(BUILTIN)}, or a folder with a NAME.txt or a NAME/ for each user")
     target: str = setting("own", "validation and test text: the user's own, or an even mix of all users'",
                           choices=("own", "mixed"))

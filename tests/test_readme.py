@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from experiments import EXPERIMENTS
+from methods import METHODS
 from settings import Settings, flags
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +27,11 @@ def test_every_flag_is_in_the_table_with_its_default():
         if default is not None and flag.kind is not bool:
             value, = default if flag.many else [default]
             assert rows[flag.name] == str(value), flag.name
+
+
+def test_every_method_is_in_the_table_and_every_experiment_is_told():
+    assert set(METHODS) == set(re.findall(r"^\| `([\w-]+)` \| [^|]+ \| [^|]+ \| [^|]+ \|$", README, re.MULTILINE))
+    assert all(f"python experiments.py {name}" in README for name in EXPERIMENTS)
 
 
 def test_every_file_is_in_the_tour():
