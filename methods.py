@@ -152,6 +152,9 @@ def flexlora_average(answers: list[Message], weights: list[float]) -> Message:
 
 
 class HetLoRA(Server):
+    """Averages padded factors and sends each user the ranks it has a place for. The users' scales α/√r are left out of
+    account, as in its paper."""
+
     def merge(self, answers: list[Message], weights: list[float]) -> Message:
         return hetlora_average(answers, weights)
 
@@ -160,6 +163,8 @@ class HetLoRA(Server):
 
 
 class FlexLoRA(HetLoRA):
+    """Averages products and sends each user their best change of its rank."""
+
     def merge(self, answers: list[Message], weights: list[float]) -> Message:
         return flexlora_average(answers, weights)
 
