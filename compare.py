@@ -4,9 +4,13 @@
     python compare.py --methods local,fedavg,comigs --rates 2e-3,6e-3,2e-2 --plot
 
 A run that is already in the folder, with the same settings, isn't run again; so this can be stopped and started again.
+(With a new base in the old file, give a new --out.)
 """
 
+import importlib.util
 import json
+import math
+import os
 import statistics
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -14,12 +18,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import BadInput
+from data import BadInput, Diverged
 from methods import METHODS
+from model import GENERALIST, ROUTER, SPECIALIST
 from settings import Settings, check, parse_known, parse_settings, setting, status_of
 from train import Run, write, write_json
-
-LEARNED = ("generalist", "specialist", "router")
 
 
 @dataclass
@@ -53,7 +56,7 @@ def finished(settings: Settings, bar: tqdm) -> Path:
     folder = Path(settings.out)
     config = folder / "config.json"
     wanted = json.loads(json.dumps(asdict(settings)))
-    if config.exists() and json.loads(config.read_text())["settings"] | {"overwrite": settings.overwrite} == wanted:
+    if os.path.exists(config) and load(config)["settings"] | {"overwrite": settings.overwrite} == wanted:
         if (folder / "result.json").exists():
             bar.update(settings.rounds * settings.users)
             return folder
@@ -62,8 +65,12 @@ def finished(settings: Settings, bar: tqdm) -> Path:
     return folder
 
 
+def load(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
 def read(folder: Path) -> dict:
-    return json.loads((folder / "result.json").read_text())
+    return load(folder / "result.json")
 
 
 def play(rows: Rows, comparison: Comparison) -> tuple[dict[str, list[Path]], dict[str, dict[float, float]]]:
@@ -72,18 +79,23 @@ def play(rows: Rows, comparison: Comparison) -> tuple[dict[str, list[Path]], dic
     def at(label: str, rate: float, seed: int) -> Settings:
         first = rows[label]
         return replace(first, lr=rate, seed=first.seed + seed,
-                       out=f"{comparison.out}/{label.replace(' ', '-')}-lr{rate:g}-seed{first.seed + seed}")
+                       out=f"{comparison.out}/{label.replace(' ', '-')}-lr{rate}-seed{first.seed + seed}")
+
+    def trial(label: str, rate: float) -> float:
+        """The mean validation perplexity of the first seed at a rate; infinity where it diverges."""
+        try:
+            return read(finished(at(label, rate, 0), bar))["mean_valid_ppl"]
+        except Diverged:
+            return math.inf
 
     rates = {label: comparison.rates or (first.lr,) for label, first in rows.items()}
-    total = sum((len(rates[label]) + comparison.seeds - 1) * row.rounds * row.users for label, row in rows.items())
+    total = sum((len(rates[label]) + comparison.seeds) * row.rounds * row.users for label, row in rows.items())
     folders, tried = {}, {}
     with tqdm(total=total, unit="user", dynamic_ncols=True) as bar:
         for label in rows:
-            tuning = {rate: finished(at(label, rate, 0), bar) for rate in rates[label]}
-            tried[label] = {rate: read(folder)["mean_valid_ppl"] for rate, folder in tuning.items()}
+            tried[label] = {rate: trial(label, rate) for rate in rates[label]}
             best = min(tried[label], key=tried[label].get)
-            folders[label] = [tuning[best], *(finished(at(label, best, seed), bar)
-                                              for seed in range(1, comparison.seeds))]
+            folders[label] = [finished(at(label, best, seed), bar) for seed in range(comparison.seeds)]
     return folders, tried
 
 
@@ -96,8 +108,11 @@ def summarize(folders: list[Path], tried: dict[float, float], rivals: list[Path]
     for line in (line for one in lines for line in one):
         curve.setdefault(line["round"], []).append(line["valid_loss"])
 
-    def over_users(number) -> float:
-        return statistics.mean(map(number, first["users"]))
+    def over_users(*roles: str) -> float:
+        return statistics.mean(sum(user["parameters"][role] for role in roles) for run in runs for user in run["users"])
+
+    def per_round(what: str) -> float:
+        return statistics.mean(run[what] for run in runs) / first["rounds"] / users
 
     pairs = [(ours["test_ppl"], theirs["test_ppl"]) for run, folder in zip(runs, rivals or [], strict=bool(rivals))
              for ours, theirs in zip(run["users"], read(folder)["users"], strict=True)]
@@ -107,10 +122,10 @@ def summarize(folders: list[Path], tried: dict[float, float], rivals: list[Path]
         "mean": [run["mean_test_ppl"] for run in runs],
         "worst": [max(user["test_ppl"] for user in run["users"]) for run in runs],
         "hurt": statistics.mean(ours > theirs for ours, theirs in pairs) if pairs else None,
-        "trained": over_users(lambda user: sum(user["parameters"][role] for role in LEARNED)),
-        "sent": over_users(lambda user: user["parameters"]["generalist"]),
-        "bytes_up": first["bytes_up"] / first["rounds"] / users,
-        "bytes_down": first["bytes_down"] / first["rounds"] / users,
+        "trained": over_users(GENERALIST, SPECIALIST, ROUTER), "sent": over_users(GENERALIST),
+        "bytes_up": per_round("bytes_up"), "bytes_down": per_round("bytes_down"),
+        "trigram": [user["trigram_ppl"] for user in first["users"]],
+        "start": [user["test_ppl_start"] for user in first["users"]],
         "seconds": statistics.mean(run["seconds"] for run in runs),
         "valid_loss_by_round": {round: statistics.mean(losses) for round, losses in curve.items()}}
 
@@ -125,21 +140,23 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
-def table(summaries: dict[str, dict], anyone: dict) -> str:
-    """Markdown: test perplexity by user and over users, mean ± standard deviation over seeds, and what it costs. Beside
-    them the models as they start and the trigrams, both from the result of any run."""
-    names = [user["name"] for user in anyone["users"]]
-    rows = [["", "rate", *names, "mean", "worst user", "hurt", "trained", "sent", "kB up", "kB down", "seconds"]]
+def table(summaries: dict[str, dict]) -> str:
+    """Markdown: test perplexity by user and over users, mean ± standard deviation over seeds, and what it costs; kB are
+    per user and round. Below, the first row's models as they start, and the trigrams, if they are the same for all."""
+    any_row = next(iter(summaries.values()))
+    rows = [["", "rate", *any_row["users"], "mean", "worst user", "hurt", "trained", "sent", "kB up", "kB down",
+             "seconds"]]
     for label, row in summaries.items():
         rows.append([label, f"{row['rate']:g}", *(mean_and_deviation(values) for values in row["users"].values()),
                      mean_and_deviation(row["mean"]), mean_and_deviation(row["worst"]),
                      "–" if row["hurt"] is None else f"{row['hurt']:.0%}", f"{row['trained']:,.0f}",
                      f"{row['sent']:,.0f}", f"{row['bytes_up'] / 1000:,.0f}", f"{row['bytes_down'] / 1000:,.0f}",
                      f"{row['seconds']:.0f}"])
-    for label, key in (("no training", "test_ppl_start"), ("trigram", "trigram_ppl")):
-        values = [user[key] for user in anyone["users"]]
-        numbers = [*values, statistics.mean(values), max(values)]
-        rows.append([label, "", *(f"{number:.2f}" for number in numbers), *[""] * 6])
+    for label, key in (("no training", "start"), ("trigram", "trigram")):
+        values = any_row[key]
+        if key == "start" or all(row[key] == values for row in summaries.values()):
+            numbers = [*values, statistics.mean(values), max(values)]
+            rows.append([label, "", *(f"{number:.2f}" for number in numbers), *[""] * 6])
     return markdown(rows)
 
 
@@ -152,11 +169,8 @@ def curves(summaries: dict[str, dict]) -> str:
 
 
 def draw(summaries: dict[str, dict], path: Path) -> None:
-    """Bars of test perplexity and curves of validation loss. Raises BadInput without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise BadInput("--plot: needs matplotlib, which isn't installed; pip install matplotlib") from None
+    """Bars of test perplexity and curves of validation loss."""
+    from matplotlib.figure import Figure
     figure = Figure(figsize=(12, 1 + 0.35 * max(10, len(summaries))), layout="constrained")
     bars, lines = figure.subplots(1, 2)
     means = [statistics.mean(row["mean"]) for row in summaries.values()]
@@ -174,22 +188,29 @@ def draw(summaries: dict[str, dict], path: Path) -> None:
 
 def compare(rows: Rows, comparison: Comparison) -> None:
     """Run all rows, write table.md, table.json and table.png and print the table. Raises BadInput."""
+    if comparison.plot and importlib.util.find_spec("matplotlib") is None:
+        raise BadInput("--plot: needs matplotlib, which isn't installed; pip install matplotlib")
+    if comparison.rates and any(row.experts_see == "both" for row in rows.values()):
+        raise BadInput("--rates: can't be judged by validation text that experts learn from; leave --experts-see out")
     folders, tried = play(rows, comparison)
     summaries = {label: summarize(folders[label], tried[label], folders.get("local")) for label in rows}
-    out, text = Path(comparison.out), table(summaries, read(next(iter(folders.values()))[0]))
-    write(out / "table.md", lambda path: path.write_text(f"{text}\n\n{curves(summaries)}\n"))
+    out, text = Path(comparison.out), table(summaries)
+    write(out / "table.md", lambda path: path.write_text(f"{text}\n\n{curves(summaries)}\n", encoding="utf-8"))
     write_json(out / "table.json", summaries)
+    print(text)
     if comparison.plot:
         draw(summaries, out / "table.png")
-    print(text)
 
 
 def from_command_line() -> None:
     comparison, rest = parse_known(None, OfMethods)
+    if "--method" in rest:
+        raise BadInput("--method: rows are several methods; give --methods")
     compare({method: parse_settings([*rest, "--method", method]) for method in comparison.methods}, comparison)
 
 
 def main() -> int:
+    sys.stdout.reconfigure(errors="replace")
     return status_of("compare.py", from_command_line, "the runs that ended are kept")
 
 

@@ -31,6 +31,10 @@ class BadInput(Exception):
     """What was asked for can't be had. One line: the flag, its value, the remedy."""
 
 
+class Diverged(BadInput):
+    """A learning rate was too large."""
+
+
 # --- domains: where documents come from ------------------------------------------------------------------------------
 
 def shuffled(key: str) -> bytes:

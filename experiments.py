@@ -16,7 +16,7 @@ from methods import METHODS
 from settings import parse_known, parse_settings, status_of
 
 COMMON = "--init-from out/base/base.pt --expert lora --rounds 20 --router-steps 10 --eval-every 10"
-RATES = "2e-3,6e-3,2e-2"
+RATES = "2e-3,6e-3,2e-2,6e-2"
 CHOSEN = {"comigs-2g": 2e-2, "ffa-lora": 2e-2, "hetlora": 2e-2}  # and 6e-3 of all others
 
 TELLING = ("local", "fedavg", "pcl", "fdlora", "comigs", "comigs-uniform")
@@ -81,6 +81,7 @@ def experiment(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    sys.stdout.reconfigure(errors="replace")
     return status_of("experiments.py", lambda: experiment(sys.argv[1:] if arguments is None else arguments),
                      "the runs that ended are kept")
 

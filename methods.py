@@ -29,7 +29,7 @@ class Leaky(Level):
 
 def balance(routing: Routing) -> Tensor:
     """E Σ_e f_e P_e, with f_e expert e's share of the tokens' choices and P_e its mean probability, a softmax over all
-    experts: 1 at least, where all have the same (Fedus et al. 2021, equation 4; for k > 1 as in Mixtral)."""
+    experts: 1 where all have the same (Fedus et al. 2021, equation 4; for k > 1 as in Mixtral)."""
     E = routing.scores.shape[1]
     f = routing.chosen.flatten().bincount(minlength=E) / routing.chosen.numel()  # (E,)
     return E * (f * routing.scores.softmax(-1).mean(0)).sum()
@@ -96,7 +96,7 @@ class Collecting(Server):
 
 class Trusting(User):
     """PCL, strategy 2 (Wagner et al. 2024): θ_i = Σ_j w_ij θ_j, with the trust w_ij = softmax_j(−perplexity of θ_j on
-    validation text of user i), all of it computed on the device. The price: users see each other's parameters."""
+    some validation text of user i), all computed on the device. The price: users see each other's parameters."""
 
     @torch.no_grad()
     def adopt(self, message: Message) -> None:
@@ -163,7 +163,8 @@ class HetLoRA(Server):
 
 
 class FlexLoRA(HetLoRA):
-    """Averages products and sends each user their best change of its rank."""
+    """Averages products and sends each user their best change of its rank. Users keep their optimizers' moments, as in
+    all methods, although each round's factors come in new coordinates."""
 
     def merge(self, answers: list[Message], weights: list[float]) -> Message:
         return flexlora_average(answers, weights)
@@ -227,7 +228,7 @@ class Method:
     router_text: str = "valid"  # the split that teaches the router
     pooled: bool = False  # True: one model learns from everyone's text, which then has to leave the devices
     needs: str = ""  # "lora" or "both", what a run of it can't be without: low-rank changes; both kinds of experts
-    sizes: str = "any"  # users may differ in "any" number of specialists, in "ranks" too, or in "none" of it
+    sizes: str = "specialists"  # in what users may differ: "specialists", "ranks" too, or "nothing"
     level: type[Level] = Level
     user: type[User] = User
     server: type[Server] = Server
@@ -240,18 +241,18 @@ METHODS = {
     "comigs": Method("generalists are averaged, specialists and routers stay, routers learn from validation text",
                      routed=True),
     "comigs-2g": Method("CoMiGS with generalists only", SHARED, routed=True),
-    "comigs-2s": Method("CoMiGS with specialists only: nothing is sent", OWN, routed=True),
+    "comigs-2s": Method("CoMiGS with specialists only: nothing is sent", OWN, routed=True, sizes="ranks"),
     "comigs-uniform": Method("CoMiGS without routers: all experts have the same weight"),
     "comigs-train": Method("CoMiGS with routers that learn from training text", routed=True, router_text="train"),
     "comigs-joint": Method("CoMiGS in one level: routers learn with the experts, from training text", JOINT,
                            routed=True),
     "comigs-leaky": Method("CoMiGS with the gradient leak of its authors' code", routed=True, level=Leaky),
-    "local": Method("every user trains the same parameters alone", OWN),
+    "local": Method("every user trains the same parameters alone", OWN, sizes="ranks"),
     "fedavg": Method("everything is averaged, each expert over the users who have it", SHARED),
     "centralized": Method("one model, the largest user's, learns from everyone's text, a batch of each at a time", OWN,
-                          pooled=True),
+                          pooled=True, sizes="ranks"),
     "pcl": Method("everyone's models are mixed by their perplexity on one's own validation text", SHARED,
-                  sizes="none", user=Trusting, server=Collecting),
+                  sizes="nothing", user=Trusting, server=Collecting),
     "pfedmoe": Method("as comigs-joint, with a load-balancing loss", JOINT, routed=True, level=Balanced),
     "hetlora": Method("zero-padded averaging by the norm of BA, ranks prune themselves", SHARED, needs="lora",
                       sizes="ranks", level=Shrinking, user=SelfPruning, server=HetLoRA),

@@ -145,14 +145,16 @@ class Settings(Training):
         super().__post_init__()
         if self.generalists + min(self.specialists) == 0:
             raise BadInput("--generalists 0: a user with --specialists 0 has no expert; give either at least 1")
-        method, sizes = METHODS[self.method], set(zip(self.specialists, self.lora_rank, strict=True))
+        method, ranks = METHODS[self.method], set(self.lora_rank)
         if method.needs == "lora" and self.expert != "lora":
             raise BadInput(f"--method {self.method}: is about low-rank changes; give --expert lora, and a base")
         if method.needs == "both" and not (self.generalists and min(self.specialists)):
             raise BadInput(f"--method {self.method}: needs both kinds of experts; give each user at least 1 of each")
-        if method.sizes == "none" and len(sizes) > 1:
-            raise BadInput(f"--method {self.method}: needs users of the same size; give one number of --specialists "
-                           "and one --lora-rank for all")
+        if method.sizes == "nothing" and len(set(self.specialists)) > 1:
+            raise BadInput(f"--method {self.method}: needs users of one size; give one number of --specialists for all")
+        if method.sizes != "ranks" and self.expert == "lora" and len(ranks) > 1:
+            flags(Settings)["lora_rank"].refuse(
+                self.lora_rank, f"--method {self.method} averages the users' changes", "give one rank for all")
         if self.expert == "lora" and self.init_from == "scratch":
             raise BadInput("--expert lora: changes a base, and --init-from scratch has none; give --init-from a file")
 

@@ -28,7 +28,7 @@ import base
 import data
 from base import Base
 from bilevel import Alternation, constant, cosine, evaluate
-from data import BadInput, Text
+from data import BadInput, Diverged, Text
 from federated import Server, User, federated_round
 from methods import METHODS
 from model import BACKBONE, GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig
@@ -112,10 +112,6 @@ def build(settings: Settings, start: Base, texts: list[Text]) -> tuple[Server, l
         return server, [build_user(settings, "everyone", build_model(settings, start, *largest, "everyone"), texts)]
     sizes = zip(settings.specialists, settings.lora_rank, strict=True)
     models = [build_model(settings, start, *size, text.name) for text, size in zip(texts, sizes, strict=True)]
-    one_rank = len(set(settings.lora_rank)) == 1 or settings.expert != "lora"
-    if server.generalists and not one_rank and method.sizes != "ranks":
-        flags(Settings)["lora_rank"].refuse(
-            settings.lora_rank, f"--method {settings.method} averages the users' changes", "give one rank for all")
     for model in models:  # what is frozen is the same for all, if it isn't pretrained either
         frozen = common.having(BACKBONE)
         model.load_state_dict({name: frozen[name] for name in model.having(BACKBONE)}, strict=False, assign=True)
@@ -147,7 +143,7 @@ class Run:
         for number in range(1, settings.rounds + 1):
             losses = {}
             for user, loss in federated_round(self.server, users, plan):
-                losses[user] = loss
+                losses[user] = self.finite(user, loss)
                 bar.update(settings.users // len(users))
                 bar.set_description(f"{settings.method}, round {number}/{settings.rounds}, {user.name}, "
                                     f"loss {loss:.2f}")
@@ -157,6 +153,13 @@ class Run:
         write_json(self.folder / "result.json", result)
         return result
 
+    def finite(self, user: User, loss: float) -> float:
+        """That loss, if it's one. Raises Diverged."""
+        if not loss < DIVERGED:
+            raise Diverged(f"--lr {self.settings.lr}: the loss of user {user.name} has grown to {loss:.3g}; "
+                           "take a smaller one")
+        return loss
+
     def measure(self, split: str) -> list[tuple[float, list[float]]]:
         """Of each text: the loss in nats on all of that split, and the generalists' mean gate in each layer."""
         T, measured = self.settings.block_size, []
@@ -165,11 +168,8 @@ class Run:
             user.settle()
             windows = data.ordered_windows(getattr(text, split), max(1, 1024 // T), T, self.settings.device)
             loss, gates = evaluate(user.model, windows)  # gates: (L, E)
-            if not loss < DIVERGED:
-                raise BadInput(f"--lr {self.settings.lr}: the loss of user {user.name} has grown to {loss:.3g}; "
-                               "take a smaller one")
             generalist = [role == GENERALIST for role in user.model.config.expert_roles]
-            measured.append((loss, gates[:, generalist].sum(1).tolist()))
+            measured.append((self.finite(user, loss), gates[:, generalist].sum(1).tolist()))
         return measured
 
     def log(self, number: int, losses: dict[User, float], before: list) -> list:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import pytest
 
@@ -90,7 +89,11 @@ def test_a_row_worked_by_hand(tmp_path):
     assert (row["bytes_up"], row["bytes_down"]) == (20, 40)  # per user and round
     assert row["valid_loss_by_round"] == {0: 4.0, 10: 1.5}
     assert summarize(ours, {0.2: 6.0}, None)["hurt"] is None
-    line = table({"ours": row}, result(ours[0])).splitlines()[2]
+    other = row | {"trigram": [1.0, 2.0]}
+    assert "trigram" in table({"ours": row})
+    assert "trigram" not in table({"ours": row, "other": other})
+    assert "no training" in table({"ours": row, "other": other})
+    line = table({"ours": row}).splitlines()[2]
     assert line.startswith("| ours | 0.2 | 3.00 ± 1.41 | 7.00 ± 1.41 | 5.00 ± 1.41 | 7.00 ± 1.41 | 25% | 21 | 15 |")
     assert compare.curves({"ours": row}).splitlines()[2] == "| ours | 4.000 | 1.500 |"
 
@@ -101,13 +104,20 @@ def test_mean_and_deviation_and_markdown():
     assert markdown([["a", "b"], ["c", "d"]]) == "| a | b |\n| --- | --- |\n| c | d |"
 
 
-def test_a_plot_without_matplotlib_is_one_line_and_the_table_is_there(compared, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    status, text, printed = compared("--plot")
+def test_a_plot_without_matplotlib_is_one_line_before_anything_is_run(compared, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
+    status, _, printed = compared("--plot")
     assert status == 2
     assert "pip install matplotlib" in printed.err.splitlines()[-1]
-    assert "comigs" in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_rate_that_diverges_isnt_chosen_and_stops_nothing(compared, tmp_path):
+    assert compared("--rates", "1e30,1e-2")[0] == 0
+    row = json.loads((tmp_path / "runs" / "table.json").read_text())["local"]
+    assert row["rate"] == 1e-2
+    assert row["valid_ppl_by_rate"]["1e+30"] == math.inf
+    assert compared("--rates", "1e30")[0] == 2
 
 
 def test_a_plot_is_a_picture(compared, tmp_path):
@@ -117,12 +127,13 @@ def test_a_plot_is_a_picture(compared, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ["--methods nonsense", "--methods comigs,,local", "--seeds 0", "--seeds x",
-                                   "--rates 0", "--rates 1e-3,x", "--nonsense 1", "--rounds 0"])
+                                   "--rates 0", "--rates 1e-3,x", "--nonsense 1", "--rounds 0", "--method fedavg",
+                                   "--rates 1e-3 --experts-see both", "--methods pcl --specialists 0,1,2"])
 def test_bad_input_is_one_line_before_anything_is_run(wrong, compared, tmp_path):
     status, _, printed = compared(*wrong.split())
     line, = printed.err.splitlines()
     assert status == 2
-    assert wrong.split()[0] in line
+    assert wrong.split()[0].replace("--methods", "--method") in line
     assert not (tmp_path / "runs").exists()
 
 

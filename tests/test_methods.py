@@ -128,16 +128,22 @@ def test_flexlora_gives_each_rank_the_best_change_of_that_rank():
 
 
 def test_pcl_mixes_by_the_softmax_of_minus_perplexity_worked_by_hand(monkeypatch):
-    """Perplexities 1 and 1 + ln 3: weights 3/4 and 1/4."""
+    """A model full of ones has the perplexity 1 here, of threes 1 + ln 2, of fives 1 + ln 4: weights 4/7, 2/7, 1/7."""
     user = user_of("pcl")
-    losses = iter([0.0, math.log(1 + math.log(3))])
-    monkeypatch.setattr(methods, "evaluate", lambda model, batches: (next(losses), None))
-    ones = {name: torch.ones(shape) for name, shape in user.shared.items()}
-    server = METHODS["pcl"].server(ones)
-    server.generalists = server.merge([ones, {name: 5 * one for name, one in ones.items()}], [1, 1])
+    perplexities = {1.0: 1.0, 3.0: 1 + math.log(2), 5.0: 1 + math.log(4)}
+
+    def evaluate(model, batches):
+        number, = {p.mean().item() for p in model.having(GENERALIST).values()}
+        return math.log(perplexities[number]), None
+
+    monkeypatch.setattr(methods, "evaluate", evaluate)
+    answers = [{name: torch.full(shape, number) for name, shape in user.shared.items()} for number in perplexities]
+    server = METHODS["pcl"].server(answers[0])
+    server.generalists = server.merge(answers, [1, 1, 1])
     server.deliver(user)
-    assert all(torch.allclose(p, torch.full_like(p, 2.0)) for p in user.model.having(GENERALIST).values())
-    assert user.bytes_down == 2 * size_of(ones)  # both models, and nothing more
+    mixed = (4 * 1 + 2 * 3 + 1 * 5) / 7
+    assert all(torch.allclose(p, torch.full_like(p, mixed)) for p in user.model.having(GENERALIST).values())
+    assert user.bytes_down == 3 * size_of(answers[0])  # all three models, and nothing more
 
 
 def test_pcl_with_equal_users_is_fedavg():
@@ -372,8 +378,6 @@ def test_whatever_the_method_only_generalists_cross_and_all_their_bytes_are_coun
             assert counted == sum(size_of(message) for who, message in crossed[way] if who is user)
 
 
-def test_routers_learn_from_validation_text_but_in_comigs_train():
-    assert {name: method.router_text for name, method in METHODS.items() if method.router_text != "valid"} == {
-        "comigs-train": "train"}
+def test_only_the_leaky_level_differentiates_with_respect_to_everything():
     assert [name for name, method in METHODS.items()
             if method.level.differentiate is not Level.differentiate] == ["comigs-leaky"]

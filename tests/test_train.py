@@ -151,6 +151,24 @@ def test_experts_can_learn_from_validation_text_too_and_routers_from_training_te
             assert not torch.equal(next(user.lower.batches)[0], next(user.upper.batches)[0])
 
 
+def test_a_device_judges_by_its_own_validation_text(corpus):
+    settings, start, texts = small_settings(corpus, "--specialists", "1", "--method", "pcl")
+    _, users = train.build(settings, start, texts)
+    for user, text in zip(users, texts, strict=True):
+        idx, targets = next(user.judge())
+        expected, _ = next(data.spread_windows(text.valid, 32, settings.block_size))
+        assert torch.equal(idx, expected)
+        assert torch.equal(idx[0], text.valid[:8])
+        assert torch.equal(targets[-1], text.valid[-8:])
+
+
+def test_fdloras_gates_are_fused_before_a_model_is_measured(corpus, tmp_path, monkeypatch):
+    fused = []
+    monkeypatch.setattr(METHODS["fdlora"].user, "settle", lambda user: fused.append(user.name))
+    run(corpus, tmp_path / "run", "--specialists", "1", "--method", "fdlora", "--eval-every", "3")
+    assert fused == 4 * ["anna", "bert", "cleo"]  # test and validation text, at the start and at the end
+
+
 def test_reported_perplexities_are_those_of_the_test_text(corpus, tmp_path):
     """Recomputed: at the start from the same seed, at the end from the checkpoint, window by window, one at a time."""
     result = run(corpus, tmp_path / "run")
@@ -357,6 +375,14 @@ def test_every_method_runs_with_low_rank_experts(method, pretrained, corpus, tmp
         assert user["test_ppl"] != user["test_ppl_start"]
         changed = sum(user["parameters"].values()) - ((257 + 8) * 16 + 2 * 16 + 2 * (12 * 16 * 16 + 13 * 16))
         assert changed == 2 * (attention + 2 * expert + router) or method == "hetlora"  # whose ranks prune themselves
+
+
+@pytest.mark.parametrize("method", ["flexlora", "hetlora", "pcl", "fdlora"])
+def test_low_rank_changes_that_diverge_end_in_one_line_too(method, pretrained, corpus, tmp_path, capsys):
+    flags = [*SCHEDULE, "--init-from", str(pretrained), "--data", corpus, "--out", str(tmp_path / "run"), "--expert",
+             "lora", "--specialists", "1", "--method", method, "--lr", "1e30"]
+    assert train.main(flags) == 2
+    assert "take a smaller one" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_what_is_frozen_at_its_random_start_is_the_same_for_all_users(pretrained, corpus, tmp_path):
