@@ -19,7 +19,7 @@ COMMON = "--init-from out/base/base.pt --expert lora --rounds 20 --router-steps 
 RATES = "2e-3,6e-3,2e-2,6e-2"
 CHOSEN = {"comigs-2g": 2e-2, "ffa-lora": 2e-2, "hetlora": 2e-2}  # and 6e-3 of all others
 
-TELLING = ("local", "fedavg", "pcl", "fdlora", "comigs", "comigs-uniform")
+TELLING = ("local", "fedavg", "pcl", "fdlora", "comigs", "comigs-uniform", "comigs-apart")
 ABLATIONS = ("local", "comigs", "comigs-uniform", "comigs-train", "comigs-joint", "pfedmoe", "comigs-leaky")
 
 

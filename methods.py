@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from bilevel import Alternation, Level, evaluate
 from federated import Message, Server, User, average
-from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, FixedGates, LowRank, Routing
+from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, LowRank, Routing
 
 # --- what stands beside a level's loss -------------------------------------------------------------------------------
 
@@ -45,24 +45,26 @@ class Balanced(Level):
         return model.loss(hidden, targets), self.WEIGHT * sum(map(balance, routings))
 
 
-def open_gates(model: GPT, weight: float) -> None:
-    """Share the gates of every layer: `weight` among the generalists, the rest among the specialists."""
+def fix(model: GPT, weight: float | None) -> None:
+    """In every layer give `weight` to the generalists and the rest to the specialists; None: let the router decide."""
     roles = model.config.expert_roles
-    shares = {GENERALIST: weight / roles.count(GENERALIST), SPECIALIST: (1 - weight) / roles.count(SPECIALIST)}
-    for module in model.modules():
-        if isinstance(module, FixedGates):
-            module.weights = [shares[role] for role in roles]
+    for block in model.blocks:
+        shares = weight is not None and {GENERALIST: weight / roles.count(GENERALIST),
+                                         SPECIALIST: (1 - weight) / roles.count(SPECIALIST)}
+        block.moe.weights = [shares[role] for role in roles] if shares else None
 
 
-class TwoAdapters(Level):
+class Apart(Level):
     """FDLoRA (Qi et al. 2024): a global and a personal adapter learn each alone, L(generalists) + L(specialists), from
     the same batches. What the adapters have in common here, attention's changes, descends the sum."""
 
     def losses(self, model: GPT, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         losses = []
         for weight in (1.0, 0.0):
-            open_gates(model, weight)
+            fix(model, weight)
             losses.append(model(idx, targets)[1])
+        if model.config.routed:
+            fix(model, None)
         return losses[0], losses[1]
 
 
@@ -75,10 +77,10 @@ class Fusing(User):
     @torch.no_grad()
     def settle(self) -> None:
         def loss(weight: float) -> float:
-            open_gates(self.model, weight)
+            fix(self.model, weight)
             return evaluate(self.model, self.judge())[0]
 
-        open_gates(self.model, min((tenths / 10 for tenths in range(11)), key=loss))
+        fix(self.model, min((tenths / 10 for tenths in range(11)), key=loss))
 
 
 # --- trust between users ---------------------------------------------------------------------------------------------
@@ -229,7 +231,8 @@ class Method:
     pooled: bool = False  # True: one model learns from everyone's text, which then has to leave the devices
     needs: str = ""  # "lora" or "both", what a run of it can't be without: low-rank changes; both kinds of experts
     sizes: str = "specialists"  # in what users may differ: "specialists", "ranks" too, or "nothing"
-    level: type[Level] = Level
+    level: type[Level] = Level  # the lower one
+    router_level: type[Level] = Level
     user: type[User] = User
     server: type[Server] = Server
 
@@ -246,7 +249,10 @@ METHODS = {
     "comigs-train": Method("CoMiGS with routers that learn from training text", routed=True, router_text="train"),
     "comigs-joint": Method("CoMiGS in one level: routers learn with the experts, from training text", JOINT,
                            routed=True),
-    "comigs-leaky": Method("CoMiGS with the gradient leak of its authors' code", routed=True, level=Leaky),
+    "comigs-leaky": Method("CoMiGS with the gradient leak of its authors' code", routed=True, level=Leaky,
+                           router_level=Leaky),
+    "comigs-apart": Method("beyond the paper: each kind of expert learns alone, as in fdlora, and a router mixes them",
+                           routed=True, needs="both", level=Apart),
     "local": Method("every user trains the same parameters alone", OWN, sizes="ranks"),
     "fedavg": Method("everything is averaged, each expert over the users who have it", SHARED),
     "centralized": Method("one model, the largest user's, learns from everyone's text, a batch of each at a time", OWN,
@@ -261,5 +267,5 @@ METHODS = {
     "ffa-lora": Method("A stays as it was at the start, B is averaged", {**SHARED, "A": BACKBONE}, needs="lora"),
     "fedsa-lora": Method("A is averaged, B stays", {"A": GENERALIST, "B": SPECIALIST}, needs="lora"),
     "fdlora": Method("a global and a personal adapter, fused by a search on validation text", needs="both",
-                     level=TwoAdapters, user=Fusing),
+                     level=Apart, user=Fusing),
 }

@@ -174,17 +174,10 @@ class Router(nn.Module):
         return Routing(highest.softmax(-1), chosen, scores)  # a softmax over the chosen only
 
 
-class FixedGates(nn.Module):
-    """In the place of a router: every token goes to all experts, with the same weights. No parameters."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        E = len(config.expert_roles)
-        self.weights = [1 / E] * E
-
-    def forward(self, x: Tensor) -> Routing:
-        gates = x.new_tensor(self.weights).expand(len(x), -1)  # (N, E)
-        return Routing(gates, everyone(gates))
+def fixed(x: Tensor, weights: list[float]) -> Routing:
+    """In the place of a router: every token goes to all experts, with the same weights."""
+    gates = x.new_tensor(weights).expand(len(x), -1)  # (N, E)
+    return Routing(gates, everyone(gates))
 
 
 def everyone(gates: Tensor) -> Tensor:
@@ -311,12 +304,14 @@ class MoE(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.router = Router(config) if config.routed else FixedGates(config)
+        E = len(config.expert_roles)
+        self.router = Router(config) if config.routed else None
+        self.weights = None if config.routed else [1 / E] * E  # of the experts; while there are any, nothing is routed
         self.experts = EXPERTS[config.expert](config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         tokens = x.flatten(0, 1)  # (N, C)
-        routing = self.router(tokens)
+        routing = fixed(tokens, self.weights) if self.weights else self.router(tokens)
         return self.experts(tokens, routing).view_as(x), routing
 
 

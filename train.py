@@ -96,7 +96,7 @@ def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> 
     lower = method.level(model.having(GENERALIST, SPECIALIST), batches(seen, "train"), settings.lr,
                          settings.weight_decay, cosine(steps, min(settings.warmup, steps // 5)))
     router = model.having(ROUTER)
-    upper = method.level(router, batches((method.router_text,), "valid"), settings.router_lr or settings.lr,
+    upper = method.router_level(router, batches((method.router_text,), "valid"), settings.router_lr or settings.lr,
                          0.0, constant) if router else None
     weight = sum(len(text.train) for text in texts) if settings.average == "tokens" else 1
     return method.user(name, model, lower, upper, weight, judge)

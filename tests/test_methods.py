@@ -8,7 +8,7 @@ import torch
 import methods
 from bilevel import Alternation, Level, constant
 from federated import Server, User, average, federated_round, size_of
-from methods import METHODS, balance, fit, flexlora_average, hetlora_average, kept, open_gates, tail
+from methods import METHODS, balance, fit, fix, flexlora_average, hetlora_average, kept, tail
 from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig, LowRank, Routing
 
 V, T, C = 11, 6, 8
@@ -37,7 +37,7 @@ def user_of(method: str, seed: int = 0, specialists: int = 1, top_k: int = 2, ra
                 module.B.normal_(0, 0.1, generator=generator)
     lower = row.level(model.having(GENERALIST, SPECIALIST), Batches(seed), 1e-2, 0.1, constant)
     router = model.having(ROUTER)
-    upper = row.level(router, Batches(seed + 100), 1e-2, 0.0, constant) if router else None
+    upper = row.router_level(router, Batches(seed + 100), 1e-2, 0.0, constant) if router else None
     return row.user(f"user{seed}", model, lower, upper, judge=lambda: iter([next(Batches(seed + 200))]))
 
 
@@ -161,7 +161,8 @@ def test_pcl_with_equal_users_is_fedavg():
 SENT = {  # the last parts of the names of what is sent, and whether experts of both kinds are
     "comigs": ({"A", "B"}, False), "comigs-2g": ({"A", "B"}, True), "fedavg": ({"A", "B"}, True),
     "comigs-uniform": ({"A", "B"}, False), "comigs-train": ({"A", "B"}, False), "comigs-joint": ({"A", "B"}, False),
-    "comigs-leaky": ({"A", "B"}, False), "pfedmoe": ({"A", "B"}, False), "fdlora": ({"A", "B"}, False),
+    "comigs-leaky": ({"A", "B"}, False), "comigs-apart": ({"A", "B"}, False),
+    "pfedmoe": ({"A", "B"}, False), "fdlora": ({"A", "B"}, False),
     "pcl": ({"A", "B"}, True), "hetlora": ({"A", "B"}, True), "flexlora": ({"A", "B"}, True),
     "ffa-lora": ({"B"}, True), "fedsa-lora": ({"A"}, True), "local": (set(), False), "comigs-2s": (set(), False),
     "centralized": (set(), False),
@@ -272,17 +273,26 @@ def test_the_leak_carries_each_levels_gradients_into_the_others_next_step():
     assert all(p.grad is None for p in clean.model.parameters())
 
 
-def test_fdloras_adapters_learn_each_without_the_other():
+@pytest.mark.parametrize("method", ["fdlora", "comigs-apart"])
+def test_experts_that_learn_apart_learn_each_without_the_other(method):
     """Each expert's gradient is that of a model in which it has all the weight."""
-    user = user_of("fdlora")
+    user = user_of(method)
     batch = next(Batches(7))
     reported, other = user.lower.losses(user.model, *batch)
     (reported + other).backward()
     for weight, role in ((1.0, GENERALIST), (0.0, SPECIALIST)):
-        open_gates(user.model, weight)
+        fix(user.model, weight)
         experts = [p for name, p in user.model.having(role).items() if "experts" in name]
         alone = torch.autograd.grad(user.model(*batch)[1], experts)
         assert all(torch.allclose(p.grad, g, atol=1e-6) for p, g in zip(experts, alone, strict=True))
+
+
+def test_of_experts_that_learn_apart_the_router_learns_from_their_mixture():
+    user, plain = user_of("comigs-apart"), user_of("comigs")
+    user.lower.step(user.model)
+    plain.model.load_state_dict(user.model.state_dict())
+    assert user.upper.step(user.model).item() == plain.upper.step(plain.model).item()
+    assert all(torch.equal(p, user.model.having(ROUTER)[name]) for name, p in plain.model.having(ROUTER).items())
 
 
 def test_fdlora_fuses_with_the_weight_of_least_loss():
@@ -290,12 +300,12 @@ def test_fdlora_fuses_with_the_weight_of_least_loss():
     for _ in range(20):
         user.lower.step(user.model)
     user.settle()
-    chosen = user.model.blocks[0].moe.router.weights
+    chosen = user.model.blocks[0].moe.weights
     with torch.no_grad():
         batch = next(user.judge())
         losses = {}
         for tenths in range(11):
-            open_gates(user.model, tenths / 10)
+            fix(user.model, tenths / 10)
             losses[tenths / 10] = user.model(*batch)[1].item()
     best = min(losses, key=losses.get)
     assert chosen == pytest.approx([best, 1 - best])
