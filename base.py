@@ -109,7 +109,7 @@ def fetch(name: str) -> tuple[Path, object]:
 def read(path: Path) -> tuple[Path, object]:
     """A file: where it is, and what is in it."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; give one, or one of {', '.join(NAMES)}")
+        raise ValueError(f"{path}: no such file; make one with pretrain.py, or give one of {', '.join(NAMES)}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -94,7 +94,7 @@ def play(rows: Rows, comparison: Comparison) -> tuple[dict[str, list[Path]], dic
     with tqdm(total=total, unit="user", dynamic_ncols=True) as bar:
         for label in rows:
             tried[label] = {rate: trial(label, rate) for rate in rates[label]}
-            best = min(tried[label], key=tried[label].get)
+            best = min(tried[label], key=tried[label].get)  # where all diverge, the next line says so
             folders[label] = [finished(at(label, best, seed), bar) for seed in range(comparison.seeds)]
     return folders, tried
 
@@ -202,10 +202,17 @@ def compare(rows: Rows, comparison: Comparison) -> None:
         draw(summaries, out / "table.png")
 
 
+def split(arguments: list[str] | None, kind: type[Comparison]) -> tuple[Comparison, list[str]]:
+    """A command line's flags of a comparison, and those of its runs. Raises BadInput."""
+    comparison, rest = parse_known(arguments, kind)
+    for flag in rest:
+        if flag.partition("=")[0] == "--method":
+            raise BadInput(f"{flag}: the rows are different methods; leave it out, or give compare.py --methods")
+    return comparison, rest
+
+
 def from_command_line() -> None:
-    comparison, rest = parse_known(None, OfMethods)
-    if "--method" in rest:
-        raise BadInput("--method: rows are several methods; give --methods")
+    comparison, rest = split(None, OfMethods)
     compare({method: parse_settings([*rest, "--method", method]) for method in comparison.methods}, comparison)
 
 

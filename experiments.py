@@ -2,7 +2,7 @@
 
     python pretrain.py
     python experiments.py A [--seeds 3] [any flag of compare.py or train.py]
-    python experiments.py
+    python experiments.py --help
 
 Rows are runs of train.py that share the flags in COMMON. Their learning rates were chosen on validation text, in A,
 with seed 0, from the same list for all methods; A does it again, the others take what came out.
@@ -10,10 +10,10 @@ with seed 0, from the same list for all methods; A does it again, the others tak
 
 import sys
 
-from compare import Comparison, compare
+from compare import Comparison, compare, split
 from data import BadInput
 from methods import METHODS
-from settings import parse_known, parse_settings, status_of
+from settings import parse_settings, status_of
 
 COMMON = "--init-from out/base/base.pt --expert lora --rounds 20 --router-steps 10 --eval-every 10"
 RATES = "2e-3,6e-3,2e-2"
@@ -64,18 +64,23 @@ EXPERIMENTS = {  # name -> what it asks, and label -> flags of train.py
                 "--router-lr 3e-3 --eval-every 16"
         for method, rate in {"local": 3e-3, "fedavg": 3e-3, "comigs": 6e-3, "centralized": 3e-3}.items()}),
     "both": ("as A, but experts learn from the validation text, too", methods(
-        ("local", "fedavg", "comigs", "comigs-uniform"), "--experts-see both")),
+        ("local", "fedavg", "comigs"), "--experts-see both")),
+    "both-mixed": ("as C, but experts learn from the validation text, too", methods(
+        ("local", "fedavg", "comigs"), "--target mixed --experts-see both")),
 }
 
 
 def experiment(arguments: list[str]) -> None:
     """Raises BadInput."""
-    name, *more = arguments or ["no name"]
+    name, *more = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print("\n".join([__doc__, *(f"{name:<12}{title}" for name, (title, _) in EXPERIMENTS.items())]))
+        return
     if name not in EXPERIMENTS:
-        raise BadInput(f"{name}: not an experiment; give one of {', '.join(EXPERIMENTS)}")
+        raise BadInput(f"{name}: not an experiment; the first word is one of {', '.join(EXPERIMENTS)}")
     title, flags = EXPERIMENTS[name]
     tuning = ["--rates", RATES] if name == "A" else []
-    comparison, rest = parse_known(["--out", f"out/{name}", *tuning, *more], Comparison)
+    comparison, rest = split(["--out", f"out/{name}", *tuning, *more], Comparison)
     rows = {label: parse_settings([*COMMON.split(), *own.split(), *rest]) for label, own in flags.items()}
     print(title)
     compare(rows, comparison)

@@ -56,16 +56,17 @@ def fix(model: GPT, weight: float | None) -> None:
 
 class Apart(Level):
     """FDLoRA (Qi et al. 2024): a global and a personal adapter learn each alone, L(generalists) + L(specialists), from
-    the same batches. What the adapters have in common here, attention's changes, descends the sum."""
+    the same batches. What the adapters have in common here, attention's changes, descends the sum. The mean of the two
+    is reported."""
 
     def losses(self, model: GPT, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         losses = []
         for weight in (1.0, 0.0):
             fix(model, weight)
             losses.append(model(idx, targets)[1])
-        if model.config.routed:
-            fix(model, None)
-        return losses[0], losses[1]
+        fix(model, None if model.config.routed else 0.5)
+        mean = sum(losses) / 2
+        return mean, mean
 
 
 class Fusing(User):

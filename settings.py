@@ -82,7 +82,7 @@ class Training:
     block_size: int = setting(64, "tokens in a window", int, low=1)
     lr: float = setting(6e-3, "learning rate at its highest, of the experts", float, above=0)
     warmup: int = setting(100, "steps up to the highest learning rate, at most a fifth of all", int, low=0)
-    weight_decay: float = setting(0.1, "of AdamW; routers have none", float, low=0)
+    weight_decay: float = setting(0.1, "of AdamW; routers with a level of their own have none", float, low=0)
     n_layer: int | None = setting(None, "layers; default: 3, or the base's", int, low=1)
     n_head: int | None = setting(None, "attention heads; default: 4, or the base's, or of 64 channels each", int, low=1)
     n_embd: int | None = setting(None, "channels; default: 128, or the base's", int, low=1)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 
@@ -128,12 +129,13 @@ def test_a_plot_is_a_picture(compared, tmp_path):
 
 @pytest.mark.parametrize("wrong", ["--methods nonsense", "--methods comigs,,local", "--seeds 0", "--seeds x",
                                    "--rates 0", "--rates 1e-3,x", "--nonsense 1", "--rounds 0", "--method fedavg",
+                                   "--method=fedavg",
                                    "--rates 1e-3 --experts-see both", "--methods pcl --specialists 0,1,2"])
 def test_bad_input_is_one_line_before_anything_is_run(wrong, compared, tmp_path):
     status, _, printed = compared(*wrong.split())
     line, = printed.err.splitlines()
     assert status == 2
-    assert wrong.split()[0].replace("--methods", "--method") in line
+    assert re.match("--[a-z]+", wrong)[0].replace("--methods", "--method") in line
     assert not (tmp_path / "runs").exists()
 
 
@@ -174,8 +176,12 @@ def test_an_experiment_is_one_command(corpus, tmp_path, monkeypatch, capsys):
     rows = json.loads((tmp_path / "tiny" / "table.json").read_text())
     assert rows.keys() == {"comigs", "local 2 S"}
     assert all(math.isfinite(row["mean"][0]) for row in rows.values())
-    assert experiments.main(["nonsense"]) == experiments.main([]) == 2
-    assert all("give one of A" in line for line in capsys.readouterr().err.splitlines()[-2:])
+    assert experiments.main(["nonsense"]) == experiments.main(["tiny", "--method", "local"]) == 2
+    unknown, fixed = capsys.readouterr().err.splitlines()[-2:]
+    assert "the first word is one of A" in unknown
+    assert "--method: the rows are different methods" in fixed
+    assert experiments.main([]) == experiments.main(["--help"]) == 0
+    assert "a title" in capsys.readouterr().out
 
 
 def test_a_comparison_has_defaults():

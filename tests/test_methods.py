@@ -278,8 +278,8 @@ def test_experts_that_learn_apart_learn_each_without_the_other(method):
     """Each expert's gradient is that of a model in which it has all the weight."""
     user = user_of(method)
     batch = next(Batches(7))
-    reported, other = user.lower.losses(user.model, *batch)
-    (reported + other).backward()
+    mean, again = user.lower.losses(user.model, *batch)
+    (mean + again).backward()
     for weight, role in ((1.0, GENERALIST), (0.0, SPECIALIST)):
         fix(user.model, weight)
         experts = [p for name, p in user.model.having(role).items() if "experts" in name]
