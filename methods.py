@@ -88,7 +88,7 @@ class Fusing(User):
 
 
 class Collecting(Server):
-    """Keeps all users' answers, stacked, and sends every user all of them."""
+    """Keeps all users' answers, stacked, and sends every user all of them. `--average` has no say here."""
 
     def __init__(self, generalists: Message):
         super().__init__(self.merge([generalists], [1]))
