@@ -53,7 +53,7 @@ EXPERIMENTS = {  # name -> what it asks, and label -> flags of train.py
     "C": ("high heterogeneity, out of distribution", methods((*TELLING, "comigs-leaky"),
                                                              "--data builtin --target mixed")),
     "C-python": ("low heterogeneity, out of distribution", methods(TELLING, "--data builtin-python --target mixed")),
-    "C-news": ("AG News, out of distribution", methods(("local", "fedavg", "pcl", "fdlora", "comigs"),
+    "C-news": ("AG News, out of distribution", methods(("local", "fedavg", "comigs"),
                                                        "--data out/news --train-kb 40 --target mixed")),
     "D": ("overfitting: text per user and number of specialists", overfitting()),
     "E-more": ("devices of different size: more specialists where there is more text", sizes("5,10,20,40")),
