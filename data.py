@@ -290,6 +290,11 @@ def seeded(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
+def windows_at(starts: Tensor, tokens: Tensor, T: int) -> Tensor:
+    """The windows of T tokens, and the last one's target, that begin at these places: (n,) -> (n, T + 1)."""
+    return tokens[starts[:, None] + torch.arange(T + 1)]
+
+
 class RandomWindows:
     """An endless stream of batches: B random windows of T tokens from each of the texts.
 
@@ -309,8 +314,7 @@ class RandomWindows:
         return windows[:, :-1], windows[:, 1:]
 
     def draw(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
-        starts = torch.randint(len(tokens) - self.T, (self.B, 1), generator=generator)
-        return tokens[starts + torch.arange(self.T + 1)]  # (B, T + 1)
+        return windows_at(torch.randint(len(tokens) - self.T, (self.B,), generator=generator), tokens, self.T)
 
     def state(self) -> list[Tensor]:
         """All that the next batches depend on, besides the texts."""
@@ -319,8 +323,7 @@ class RandomWindows:
 
 def spread_windows(tokens: Tensor, n: int, block_size: int, device: str = "cpu") -> Iterator[Batch]:
     """One batch of n windows that are spread evenly over a text."""
-    starts = torch.linspace(0, len(tokens) - block_size - 1, n).long()[:, None]  # (n, 1)
-    windows = tokens[starts + torch.arange(block_size + 1)].to(device)  # (n, T + 1)
+    windows = windows_at(torch.linspace(0, len(tokens) - block_size - 1, n).long(), tokens, block_size).to(device)
     yield windows[:, :-1], windows[:, 1:]
 
 

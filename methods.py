@@ -47,11 +47,12 @@ class Balanced(Level):
 
 def fix(model: GPT, weight: float | None) -> None:
     """In every layer give `weight` to the generalists and the rest to the specialists; None: let the router decide."""
-    roles = model.config.expert_roles
+    roles, weights = model.config.expert_roles, None
+    if weight is not None:
+        share = {GENERALIST: weight / roles.count(GENERALIST), SPECIALIST: (1 - weight) / roles.count(SPECIALIST)}
+        weights = [share[role] for role in roles]
     for block in model.blocks:
-        shares = weight is not None and {GENERALIST: weight / roles.count(GENERALIST),
-                                         SPECIALIST: (1 - weight) / roles.count(SPECIALIST)}
-        block.moe.weights = [shares[role] for role in roles] if shares else None
+        block.moe.weights = weights
 
 
 class Apart(Level):
@@ -182,10 +183,14 @@ def kept(rank: int) -> int:
     return max(1, int(0.99 * rank))
 
 
+def changes(model: GPT) -> list[LowRank]:
+    return [module for module in model.modules() if isinstance(module, LowRank)]
+
+
 def tail(model: GPT) -> Tensor:
     """Σ ‖B[:, γr:]‖ ‖A[γr:, :]‖ over the model's low-rank changes: the size of what self-pruning would take away."""
-    changes = [module for module in model.modules() if isinstance(module, LowRank)]
-    return sum(change.B[:, kept(len(change.A)):].norm() * change.A[kept(len(change.A)):].norm() for change in changes)
+    ranks = [(change, kept(len(change.A))) for change in changes(model)]
+    return sum(change.B[:, rank:].norm() * change.A[rank:].norm() for change, rank in ranks)
 
 
 class Shrinking(Level):
@@ -211,7 +216,7 @@ class SelfPruning(User):
     @torch.no_grad()
     def prune(self) -> None:
         """Every A and B, and its moments in the optimizer, lose the ranks above γr."""
-        for change in [module for module in self.model.modules() if isinstance(module, LowRank)]:
+        for change in changes(self.model):
             rank = kept(len(change.A))
             for parameter, axis in ((change.A, 0), (change.B, 1)):
                 parameter.data = parameter.narrow(axis, 0, rank).clone()

@@ -97,7 +97,7 @@ def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> 
                          settings.weight_decay, cosine(steps, min(settings.warmup, steps // 5)))
     router = model.having(ROUTER)
     upper = method.router_level(router, batches((method.router_text,), "valid"), settings.router_lr or settings.lr,
-                         0.0, constant) if router else None
+                                0.0, constant) if router else None
     weight = sum(len(text.train) for text in texts) if settings.average == "tokens" else 1
     return method.user(name, model, lower, upper, weight, judge)
 
@@ -112,8 +112,8 @@ def build(settings: Settings, start: Base, texts: list[Text]) -> tuple[Server, l
         return server, [build_user(settings, "everyone", build_model(settings, start, *largest, "everyone"), texts)]
     sizes = zip(settings.specialists, settings.lora_rank, strict=True)
     models = [build_model(settings, start, *size, text.name) for text, size in zip(texts, sizes, strict=True)]
+    frozen = common.having(BACKBONE)
     for model in models:  # what is frozen is the same for all, if it isn't pretrained either
-        frozen = common.having(BACKBONE)
         model.load_state_dict({name: frozen[name] for name in model.having(BACKBONE)}, strict=False, assign=True)
     return server, [build_user(settings, text.name, model, [text]) for text, model in zip(texts, models, strict=True)]
 
