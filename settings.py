@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, fields
 import torch
 
 import base
-from data import BUILTIN, BUILTIN_TRAIN_KB, BadInput
+from corpora import BUILTIN, PUBLIC, BadInput
+from data import BUILTIN_TRAIN_KB
 from methods import METHODS
 from model import EXPERTS
 
@@ -115,12 +116,20 @@ class Settings(Training):
     top_k: int = setting(2, "experts per token; a user with fewer uses all it has; with 1 the router can't learn", int,
                          low=1)
     method: str = setting("comigs", "a row of methods.py", choices=tuple(METHODS))
-    data: str = setting("builtin", f"text: {', '.join(BUILTIN)}, or a folder with a NAME.txt or a NAME/ for each user")
+    data: str = setting("builtin", f"text: {', '.join((*BUILTIN, *PUBLIC))}, a folder with a NAME.txt or a NAME/ for "
+                                   "each user, or a .csv or .jsonl file")
+    user_field: str = setting("user", "of a .csv or .jsonl file: the field that says whose text it is")
+    text_field: str = setting("text", "likewise, the field that holds the text")
+    source: str | None = setting(None, "where a public corpus is read from, in the place of its own source: a file, an "
+                                       "address, a data set")
+    cache: str = setting("out/cache", "folder for downloaded text and for tokens")
+    short_users: str = setting("refuse", "users with too little text: refuse the run, or leave them out",
+                               choices=("refuse", "leave-out"))
     target: str = setting("own", "validation and test text: the user's own, or an even mix of all users'",
                           choices=("own", "mixed"))
     train_kb: tuple[float, ...] | None = setting(
-        None, f"training text in kB; default: {BUILTIN_TRAIN_KB} of a builtin, of a folder all there is", float,
-        above=0, many=True)
+        None, f"training text in kB; default: {BUILTIN_TRAIN_KB} of a builtin, 2000 of what is streamed, else all "
+              "there is", float, above=0, many=True)
     expert: str = setting("mlp", "mlp: feed-forward blocks; lora: low-rank changes of the base's, which is frozen",
                           choices=tuple(EXPERTS))
     lora_rank: tuple[int, ...] = setting((8,), "rank of the changes; most methods that average them need one for all",
@@ -145,6 +154,9 @@ class Settings(Training):
         super().__post_init__()
         if self.generalists + min(self.specialists) == 0:
             raise BadInput("--generalists 0: a user with --specialists 0 has no expert; give either at least 1")
+        if self.source and self.data not in PUBLIC:
+            flags(Settings)["source"].refuse(self.source, f"--data {self.data} is no public corpus",
+                                             f"take one of {', '.join(PUBLIC)}, or leave it out")
         method, ranks = METHODS[self.method], set(self.lora_rank)
         if method.needs == "lora" and self.expert != "lora":
             raise BadInput(f"--method {self.method}: is about low-rank changes; give --expert lora, and a base")

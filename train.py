@@ -84,12 +84,13 @@ def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> 
     method = METHODS[settings.method]
 
     def batches(splits: tuple[str, ...], purpose: str) -> data.RandomWindows:
-        return data.RandomWindows([torch.cat([getattr(text, split) for split in splits]) for text in texts],
+        return data.RandomWindows([data.joined([getattr(text, split) for split in splits]) for text in texts],
                                   [data.seeded(settings.seed, text.name, purpose) for text in texts],
                                   settings.batch_size, settings.block_size, settings.device)
 
     def judge() -> Iterator[data.Batch]:
-        return data.spread_windows(torch.cat([text.valid for text in texts]), 32, settings.block_size, settings.device)
+        valid = data.joined([text.valid for text in texts])
+        return data.spread_windows(valid, 32, settings.block_size, settings.device)
 
     seen = ("train", "valid") if settings.experts_see == "both" else ("train",)
     steps = settings.rounds * settings.local_steps
@@ -128,7 +129,8 @@ class Run:
         self.settings = settings
         self.base = starting_point(settings)
         self.texts = data.load(settings.data, settings.users, settings.train_kb, settings.target, self.base.tokenizer,
-                               settings.block_size)
+                               settings.block_size, settings.short_users, settings.cache,
+                               user_field=settings.user_field, text_field=settings.text_field, source=settings.source)
         self.server, self.users = build(settings, self.base, self.texts)
         pooled = METHODS[settings.method].pooled
         self.learners = self.users * len(self.texts) if pooled else self.users  # whose model a text is tested on

@@ -3,9 +3,15 @@
 import pytest
 import torch
 
-from test_data import words
+from texts import words
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _somewhere_else(tmp_path, monkeypatch):
+    """What a test writes where it stands, such as out/cache, is its own."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

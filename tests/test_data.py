@@ -1,111 +1,37 @@
-"""Text: nothing stands in two splits or with two users, every token is read once, and bad text is refused."""
+"""Tokens: every one is read once, they come back from the cache as they were, and the trigram is what it says."""
 
 import itertools
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import corpora
 import data
-from data import SPLITS, TEST, TRAIN, VALID, BadInput
-
-
-def words(seed: int, size: int) -> str:
-    """About `size` bytes of made-up words that differ from seed to seed."""
-    numbers = torch.randint(10 ** 6, (size // 7,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return " ".join(f"{number:06d}" for number in numbers)
+from data import BadInput
+from splits import SPLITS, TEST, TRAIN, VALID
+from texts import words
 
 
 @pytest.fixture
 def corpus(tmp_path):
     """Two users with a file each, two with a folder of twelve."""
+    folder = tmp_path / "text"
+    folder.mkdir()
     for i, name in enumerate(("anna", "bert")):
-        (tmp_path / f"{name}.txt").write_text(words(i, 6000))
+        (folder / f"{name}.txt").write_text(words(i, 6000))
     for i, name in enumerate(("cleo", "dora")):
-        (tmp_path / name).mkdir()
+        (folder / name).mkdir()
         for j in range(12):
-            (tmp_path / name / f"{j}.md").write_text(words(100 * (i + 1) + j, 500))
-    return tmp_path
-
-
-@pytest.mark.parametrize("where", list(data.BUILTIN))
-def test_builtin_splits_and_shards_share_no_document_and_have_their_sizes(where):
-    users = dict(data.builtin_users(where, [5000] * 8))
-    assert list(users)[4:] == [f"{name}-2" for name in list(users)[:4]]
-    documents = Counter(document for user in users.values() for split in SPLITS for document in user[split][:-1])
-    assert max(documents.values()) == 1
-    for user in users.values():
-        sizes = {split: data.bytes_of(user[split]) for split in SPLITS}
-        assert sizes == pytest.approx({TRAIN: 5000, VALID: 16000, TEST: 32000}, abs=3)
-
-
-def test_no_users_test_text_stands_in_the_public_text():
-    """But for lines that everyone writes, such as imports: fewer than one in twenty."""
-    seen = {line.strip() for document in data.excerpts(data.public()) for line in document.splitlines()}
-    assert len(seen) > 50_000
-    for where in data.BUILTIN:
-        for name, documents in data.builtin_users(where, [1000] * 4):
-            lines = [line.strip() for document in documents[TEST] for line in document.splitlines()]
-            long = [line for line in lines if len(line) > 30]
-            assert sum(line in seen for line in long) < 0.05 * len(long), name
-
-
-def test_one_file_is_cut_into_three_parts_that_dont_overlap(corpus):
-    text = (corpus / "anna.txt").read_text()
-    parts = dict(data.folder_users(str(corpus), [data.EVERYTHING]))["anna"]
-    starts = [text.index(parts[split][0]) for split in (TEST, VALID, TRAIN)]
-    ends = [start + len(parts[split][0]) for start, split in zip(starts, (TEST, VALID, TRAIN), strict=True)]
-    assert starts[0] < ends[0] <= starts[1] < ends[1] <= starts[2] < ends[2]
-    assert sum(len(parts[split][0]) for split in SPLITS) > len(text) - 200
-    assert len(parts[TEST][0]) == len(parts[VALID][0]) == len(text) // 10
-
-
-def test_a_folders_files_stay_whole_and_in_one_split(corpus):
-    parts = dict(data.folder_users(str(corpus), [data.EVERYTHING] * 4))["dora"]
-    files = {path.read_text() for path in (corpus / "dora").iterdir()}
-    whole = [document for split in SPLITS for document in parts[split] if document in files]
-    cut = [document for split in SPLITS for document in parts[split] if document not in files]
-    assert len(whole) == len(set(whole)) >= 9
-    assert all(sum(file.startswith(document) for file in files) == 1 for document in cut)
-    assert not any(file in whole for document in cut for file in files if file.startswith(document))
-
-
-def test_few_files_that_are_alike_or_one_that_is_large_are_cut_end_to_end(tmp_path):
-    same = words(1, 3000)
-    few = data.split_files([same, same], data.EVERYTHING)
-    assert not any(few[TEST][0] in few[split][0] for split in (TRAIN, VALID))
-    one_large = [words(i, 3000) for i in range(10)] + [words(99, 300_000)]
-    assert sum(map(data.bytes_of, data.split_files(one_large, data.EVERYTHING).values())) > 329_000
-
-
-def test_hidden_files_are_nobodys_and_a_byte_order_mark_is_no_text(tmp_path):
-    (tmp_path / ".git").mkdir()
-    (tmp_path / "fay").mkdir()
-    (tmp_path / "fay" / ".DS_Store").write_bytes(b"\xff\xfe\x00")
-    (tmp_path / "fay" / "a.txt").write_text(words(0, 5000), encoding="utf-8-sig")
-    (name, parts), = data.folder_users(str(tmp_path), [data.EVERYTHING])
-    assert name == "fay"
-    assert parts[TEST][0][0].isdigit()
-
-
-def test_given_splits_are_taken_as_they_are(tmp_path):
-    (tmp_path / "eva").mkdir()
-    for split in SPLITS:
-        (tmp_path / "eva" / f"{split}.txt").write_text(f"{split} text of eva")
-    assert dict(data.folder_users(str(tmp_path), [5])) == {
-        "eva": {TRAIN: ["train"], VALID: ["valid text of eva"], TEST: ["test text of eva"]}}
-
-
-def test_duplicates_and_blank_documents_are_dropped():
-    assert list(data.distinct(["a", " \n", "b", "a", ""])) == ["a", "b"]
-
-
-def test_take_of_its_docstring_and_no_half_character():
-    documents = iter(["abc", "def", "gh"])
-    assert data.take(documents, 5) == ["abc", "de"]
-    assert data.take(documents, 5) == ["gh"]
-    assert data.take(iter(["aé"]), 2) == ["a"]
+            (folder / name / f"{j}.md").write_text(words(100 * (i + 1) + j, 500))
+    return folder
 
 
 def test_mixed_target_is_the_same_for_all_and_an_even_share_of_each(corpus):
@@ -113,8 +39,8 @@ def test_mixed_target_is_the_same_for_all_and_an_even_share_of_each(corpus):
     own = data.load(str(corpus), 4, block_size=16)
     shortest = min(text.test_bytes for text in own)
     for text, alone in zip(texts, own, strict=True):
-        assert torch.equal(text.test, texts[0].test)
-        assert torch.equal(text.train, alone.train)
+        assert np.array_equal(text.test, texts[0].test)
+        assert np.array_equal(text.train, alone.train)
         shared = data.tokenizer("bytes").decode_bytes(texts[0].test.tolist())
         start = data.tokenizer("bytes").decode_bytes(alone.test[:shortest // 4 - 100].tolist())
         assert start in shared
@@ -123,16 +49,130 @@ def test_mixed_target_is_the_same_for_all_and_an_even_share_of_each(corpus):
 
 def test_train_kb_cuts_only_the_training_text(corpus):
     short, full = data.load(str(corpus), 4, [1, 2, 1, 2], block_size=16), data.load(str(corpus), 4, block_size=16)
-    assert [text.train_bytes for text in short] == [1000, 2000, 1000, 2000]
+    assert [text.train_bytes for text in short[:2]] == [1000, 2000]
+    for text, size in zip(short[2:], (1000, 2000), strict=True):  # documents stay whole
+        assert size <= text.train_bytes < size + 500
     for a, b in zip(short, full, strict=True):
-        assert torch.equal(a.test, b.test)
-        assert torch.equal(a.valid, b.valid)
+        assert np.array_equal(a.test, b.test)
+        assert np.array_equal(a.valid, b.valid)
         assert len(a.train) < len(b.train)
 
 
-def test_loading_twice_gives_the_same_tokens():
-    for one, two in zip(data.load("builtin", 4), data.load("builtin", 4), strict=True):
-        assert all(torch.equal(getattr(one, split), getattr(two, split)) for split in SPLITS)
+def same(one: list[data.Text], two: list[data.Text]) -> bool:
+    return all(a.name == b.name and (a.train_bytes, a.test_bytes) == (b.train_bytes, b.test_bytes)
+               and all(np.array_equal(getattr(a, split), getattr(b, split)) for split in SPLITS)
+               for a, b in zip(one, two, strict=True))
+
+
+def test_loading_twice_gives_the_same_tokens(corpus):
+    assert same(data.load("builtin", 4), data.load("builtin", 4))
+    assert same(data.load(str(corpus), 4), data.load(str(corpus), 4))
+
+
+def test_the_cache_holds_every_users_documents_each_behind_an_end(corpus):
+    """Decoded, the splits of a folder's user are its files again, and the counts of bytes are theirs."""
+    encoding = data.tokenizer("bytes")
+    for text in data.load(str(corpus), 4)[2:]:
+        files = {path.read_text() for path in (corpus / text.name).iterdir()}
+        found = {split: encoding.decode(getattr(text, split).tolist()).split(data.END)[1:] for split in SPLITS}
+        assert sorted(document for split in SPLITS for document in found[split]) == sorted(files)
+        assert text.train_bytes == sum(len(document) for document in found[TRAIN])
+        assert text.test_bytes == sum(len(document) for document in found[TEST])
+
+
+def test_a_second_start_reads_no_text(corpus, monkeypatch):
+    first = data.load(str(corpus), 4)
+    monkeypatch.setattr(corpora, "texts", None)
+    assert same(first, data.load(str(corpus), 4))
+    assert isinstance(first[0].train.base, np.memmap)
+
+
+def test_the_cache_knows_text_by_what_it_is(corpus, tmp_path):
+    """A change of a file that keeps its size and time is seen; the same text in another folder needn't be read again."""
+    before, file = data.load(str(corpus), 4), corpus / "anna.txt"
+    times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    file.write_text(words(77, 6000))
+    os.utime(file, ns=times)
+    assert not same(before, data.load(str(corpus), 4))
+    corpus.rename(tmp_path / "elsewhere")
+    kept = set(Path("out/cache").iterdir())
+    data.load(str(tmp_path / "elsewhere"), 4)
+    assert set(Path("out/cache").iterdir()) == kept
+    data.load(str(tmp_path / "elsewhere"), 3)
+    assert len(set(Path("out/cache").iterdir()) - kept) == 1
+
+
+@pytest.mark.parametrize("moment", ["write_json", "sizes"])
+def test_what_fails_on_the_way_leaves_nothing_behind(corpus, monkeypatch, moment):
+    """Before anything is written, or after all of it is but the manifest."""
+    def fail(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as context:
+        context.setattr(*((data, "write_json") if moment == "write_json" else (data.splits, "sizes")), fail)
+        with pytest.raises(KeyboardInterrupt):
+            data.load(str(corpus), 4)
+    assert [path.name for path in Path("out/cache").iterdir() if path.is_dir()] == []
+    assert len(data.load(str(corpus), 4)) == 4
+
+
+def test_a_killed_start_does_no_harm(corpus, tmp_path):
+    """kill -9 after all tokens are written and before the folder has its name: the next start begins anew."""
+    code = f"""
+import os, signal, sys
+sys.path[:0] = {sys.path}
+import data
+data.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+data.load({str(corpus)!r}, 4)"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    left = list(Path("out/cache").iterdir())
+    assert [path.name[:11] for path in left] == ["unfinished-"]
+    assert [text.name for text in data.load(str(corpus), 4)] == ["anna", "bert", "cleo", "dora"]
+
+
+def test_two_starts_at_once_end_with_one_cache(corpus, monkeypatch):
+    """The slower one takes what the quicker one has put there."""
+    write = data.write_tokens
+
+    def slow(*arguments):
+        monkeypatch.setattr(data, "write_tokens", write)
+        data.load(str(corpus), 4)
+        return write(*arguments)
+    monkeypatch.setattr(data, "write_tokens", slow)
+    assert len(data.load(str(corpus), 4)) == 4
+    assert len(list(Path("out/cache").glob("tokens-*"))) == 1
+
+
+@pytest.mark.parametrize("damage", ["tokens.bin", "manifest.json"])
+def test_a_damaged_cache_is_one_line(corpus, damage):
+    data.load(str(corpus), 4)
+    file, = Path("out/cache").glob(f"tokens-*/{damage}")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(BadInput, match="--cache out/cache: .* is damaged; delete it"):
+        data.load(str(corpus), 4)
+
+
+def test_a_cache_that_cant_be_written_is_one_line(corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="file.*; .*take another --cache"):
+        data.load(str(corpus), 4, cache=tmp_path / "file" / "cache")
+
+
+def test_memory_doesnt_grow_with_the_corpus(tmp_path):
+    """The peak of a start with 32 MB of text, the second time, is that of one with 1 MB, within 8 MB."""
+    code = f"""
+import resource, sys
+sys.path[:0] = {sys.path}
+import data
+data.load(sys.argv[1], 1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+    peaks = []
+    for name, size in (("small", 1), ("large", 32)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(words(0, 1_000_000) * size)
+        for _ in range(2):
+            run = subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], capture_output=True, check=True)
+        peaks.append(int(run.stdout) / 1000)
+    assert peaks[1] < peaks[0] + 8
 
 
 def test_byte_tokenizer_returns_any_text():
@@ -141,7 +181,8 @@ def test_byte_tokenizer_returns_any_text():
     assert encoding.decode(encoding.encode_ordinary(text)) == text
     assert encoding.encode_ordinary("é") == [0xC3, 0xA9]
     assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
-    assert data.encode(["ab", "c"], encoding).tolist() == [256, 97, 98, 256, 99]
+    assert data.encode("ab", encoding).tolist() == [256, 97, 98]
+    assert data.encode(text, encoding)[1:].tolist() == encoding.encode_ordinary(text)
 
 
 def test_a_gpt2_table_that_cannot_be_had_is_one_line(monkeypatch):
@@ -155,15 +196,15 @@ def test_a_gpt2_table_that_cannot_be_had_is_one_line(monkeypatch):
 
 @pytest.mark.parametrize("length", [2, 8, 9, 10, 17, 41, 50])
 def test_ordered_windows_read_every_token_once_in_order(length):
-    tokens = torch.arange(length)
+    tokens = np.arange(length)
     inputs, targets = zip(*data.ordered_windows(tokens, 2, 8), strict=True)
-    assert torch.equal(torch.cat([part.flatten() for part in inputs]), tokens[:-1])
-    assert torch.equal(torch.cat([part.flatten() for part in targets]), tokens[1:])
+    assert torch.equal(torch.cat([part.flatten() for part in inputs]), torch.from_numpy(tokens[:-1]))
+    assert torch.equal(torch.cat([part.flatten() for part in targets]), torch.from_numpy(tokens[1:]))
     assert all(part.shape[0] <= 2 and part.shape[1] <= 8 for part in inputs)
 
 
 def test_random_windows_are_windows_and_reach_both_ends():
-    tokens = torch.arange(20)
+    tokens = np.arange(20)
     stream = data.RandomWindows([tokens], [data.seeded("test")], 4, 8)
     seen = set()
     for inputs, targets in itertools.islice(stream, 50):
@@ -174,7 +215,7 @@ def test_random_windows_are_windows_and_reach_both_ends():
 
 
 def test_a_users_batches_dont_depend_on_who_else_is_there():
-    texts = [torch.arange(100), torch.arange(1000, 1200)]
+    texts = [np.arange(100), np.arange(1000, 1200)]
     alone = data.RandomWindows(texts[1:], [data.seeded(0, "b")], 3, 8)
     pooled = data.RandomWindows(texts, [data.seeded(0, "a"), data.seeded(0, "b")], 3, 8)
     for _ in range(3):
@@ -192,41 +233,55 @@ def test_trigram_worked_by_hand():
     p3(a|a b) = (2 + 19/24) / 3 = 67/72.
     """
     a, b, c = range(3)
-    loss = data.trigram_loss(torch.tensor([a, b, a, b, a, c]), torch.tensor([a, b, a]), 3)
+    loss = data.trigram_loss(np.array([a, b, a, b, a, c]), np.array([a, b, a]), 3)
     assert loss == pytest.approx(-(math.log(31 / 40) + math.log(67 / 72)) / 2)
 
 
 def test_trigram_probabilities_sum_to_one_also_after_unseen_histories():
-    train = torch.randint(5, (40,), generator=torch.Generator().manual_seed(0))
+    train = np.random.default_rng(0).integers(0, 5, 40)
     for history in itertools.product(range(6), repeat=2):
         p = []
         for token in range(6):  # token 5 is never seen
-            both, first = (data.trigram_loss(train, torch.tensor(x), 6) for x in ([*history, token], [*history]))
+            both, first = (data.trigram_loss(train, np.array(x), 6) for x in ([*history, token], [*history]))
             p.append(math.exp(first - 2 * both))  # losses are means over 2 targets and 1
         assert sum(p) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 7, 1000])
+def test_the_trigram_counts_the_same_in_chunks(chunk):
+    tokens, histories = np.random.default_rng(0).integers(0, 3, 50), np.array([0, 2, 4])
+    for n in (1, 2, 3):
+        padded = [int(tokens[0]), *map(int, tokens)]
+        grams = [padded[i - n + 1:i + 1] for i in range(2, len(padded))]
+        numbers = Counter(sum(digit * 3 ** (n - 1 - i) for i, digit in enumerate(gram)) for gram in grams)
+        expected = sorted((number, count) for number, count in numbers.items() if number // 3 in histories)
+        assert list(zip(*data.counted(tokens, n, 3, histories, chunk), strict=True)) == expected
+
+
 @pytest.mark.parametrize(("files", "users", "message"), [
     ({}, 1, "--users 1: .* holds 0 users"),
-    ({"a.txt": b"caf\xe9 " * 100}, 1, "a.txt: byte 3 is not UTF-8"),
-    ({"a.txt": b"short"}, 1, "the .* text of user a has .* tokens"),
+    ({"a.txt": b"caf\xe9 " * 100}, 1, "a.txt: is not UTF-8"),
+    ({"a.txt": "Grüße".encode("utf-16")}, 1, "a.txt: is not UTF-8"),
+    ({"a.txt": b"short"}, 1, "the test text of user a, 0 bytes, is too short"),
     ({"a.txt": words(0, 5000).encode()}, 2, "--users 2: .* holds 1 users"),
     ({"a.txt": b"x", "a/b.txt": b"x"}, 1, "rename one"),
     ({"a/test.txt": b"x"}, 1, "all three"),
-    ({"a/.hidden": b"x"}, 1, "of user a has 1 tokens"),
+    ({"a/.hidden": b"x", "a/blank": b" \n"}, 1, "holds 0 users"),
 ])
 def test_bad_text_is_one_line_that_says_what_to_do(tmp_path, files, users, message):
+    (tmp_path / "text").mkdir()
     for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(content)
+        (tmp_path / "text" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "text" / name).write_bytes(content)
     with pytest.raises(BadInput, match=message) as error:
-        data.load(str(tmp_path), users)
+        data.load(str(tmp_path / "text"), users)
     assert "\n" not in str(error.value)
     assert ";" in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["nowhere", "x" * 300])
+@pytest.mark.parametrize("name", ["nowhere", "x" * 300, "file.txt"])
 def test_a_folder_that_isnt_there_is_one_line(name, tmp_path):
+    (tmp_path / "file.txt").write_text("text")
     with pytest.raises(BadInput, match="not a folder|File name too long"):
         data.load(str(tmp_path / name), 1)
 

@@ -17,7 +17,7 @@ from data import RandomWindows
 from methods import METHODS
 from model import BACKBONE, ROUTER, SPECIALIST
 from settings import Settings, parse_settings
-from test_data import words
+from texts import words
 
 SHAPE = "--n-layer 1 --n-head 2 --n-embd 8".split()
 SCHEDULE = ("--users 3 --specialists 0,1,3 --block-size 8 --batch-size 2 --rounds 3 --local-steps 2 --router-every 2 "

@@ -1,0 +1,173 @@
+"""Who gets which text: users, and their training, validation and test text.
+
+A document stands in one split of one user. Of a builtin domain a user takes its test, then its validation, then its
+training documents, and the next user of the same domain goes on from there. Of other text, a user's documents are
+put in an order without rhyme or reason and dealt out likewise; copies count once. Sizes are in bytes of UTF-8.
+"""
+
+import hashlib
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from tqdm import tqdm
+
+from corpora import BUILTIN, EVERYTHING, BadInput, Corpus, Piece, excerpts
+
+SPLITS = TRAIN, VALID, TEST = ("train", "valid", "test")
+HELD_OUT = {TEST: 32_000, VALID: 16_000}  # bytes of a user's held-out text; of anyone's own at most a tenth each
+DOCUMENT = 1_000_000  # bytes; a longer one is running text, which is cut into splits end to end
+
+# --- builtin text ----------------------------------------------------------------------------------------------------
+
+Documents = dict[str, list[str]]  # of one user, by split
+
+
+def take(documents: Iterator[str], size: int) -> list[str]:
+    """The next `size` bytes of documents. The last one is cut to fit, and its rest is nobody's.
+
+    take(iter(["abc", "def", "gh"]), 5) -> ["abc", "de"]
+    """
+    taken = []
+    while size > 0 and (document := next(documents, None)) is not None:
+        raw = document.encode()
+        taken.append(raw[:size].decode(errors="ignore"))
+        size -= len(raw)
+    return taken
+
+
+def bytes_of(documents: list[str]) -> int:
+    return sum(len(document.encode()) for document in documents)
+
+
+def divide(documents: Iterator[str], held_out: dict[str, int], train: int) -> Documents:
+    """The next documents: so many bytes of them for test, for validation and for training."""
+    return {name: take(documents, size) for name, size in {**held_out, TRAIN: train}.items()}
+
+
+def builtin_users(where: str, train: list[int]) -> Iterator[tuple[str, Documents]]:
+    """Users named after the domains; in a second turn `cpp-2`, ..., from the documents that are left, and so on."""
+    domains = {name: excerpts(documents()) for name, documents in BUILTIN[where].items()}
+    for user, size in enumerate(train):
+        turn, number = divmod(user, len(domains))
+        name = list(domains)[number]
+        yield f"{name}-{turn + 1}" if turn else name, divide(domains[name], HELD_OUT, size)
+
+
+def mix(users: Iterable[Documents]) -> Documents:
+    """Validation and test text of the mixed target: the same share of every user's, one after the other."""
+    users, mixed = list(users), {}
+    for name in (VALID, TEST):
+        share = min(bytes_of(user[name]) for user in users) // len(users)
+        mixed[name] = [document for user in users for document in take(iter(user[name]), share)]
+    return mixed
+
+
+# --- any other text: read twice, once to see what there is and once to deal it out -----------------------------------
+
+@dataclass
+class Holding:
+    """What there is of one user: of each piece of its text, in the order they come in, a hash and the bytes."""
+
+    keys: array = field(default_factory=lambda: array("Q"))
+    sizes: array = field(default_factory=lambda: array("Q"))
+
+    def add(self, raw: bytes) -> None:
+        self.keys.append(int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little"))
+        self.sizes.append(len(raw))
+
+
+@dataclass
+class Plan:
+    """The bytes of one user in an order, of which each split is a range."""
+
+    starts: np.ndarray  # (pieces,) where each begins in that order; -1: a copy of another
+    ranges: dict[str, tuple[int, int]]
+
+    def cut(self, number: int, text: str) -> Iterator[tuple[str, str]]:
+        """The splits that a piece of text belongs to, each with its part of it."""
+        start, raw = int(self.starts[number]), text.encode()
+        for split, (first, end) in self.ranges.items():
+            if 0 <= start < end and first < start + len(raw):
+                yield split, raw[max(first - start, 0):end - start].decode(errors="ignore")
+
+
+def filled(corpus: Corpus) -> Iterator[Piece]:
+    """The pieces that aren't blank."""
+    pieces = tqdm(corpus.pieces(), "reading", unit=" texts", unit_scale=True, delay=1)
+    return (piece for piece in pieces if piece.text.strip())
+
+
+def survey(corpus: Corpus) -> dict[str, dict[str, Holding]]:
+    """User -> the split that its text is meant for, or "" -> what there is."""
+    users = defaultdict(lambda: defaultdict(Holding))
+    for user, text, split in filled(corpus):
+        users[user][split].add(text.encode())
+    return users
+
+
+def plan(holding: Holding, split: str, train: int) -> Plan:
+    """Where a user's text goes: to the split that it is meant for, or to three.
+
+    Documents stay whole, so that a split may end one document later than it should. Where there are fewer than ten, or
+    one of them is longer than a tenth of all or than DOCUMENT, they are laid end to end, as they come, and then cut.
+    """
+    keys, sizes = np.array(holding.keys), np.array(holding.sizes).astype(np.int64)
+    first = np.unique(keys, return_index=True)[1]  # of each text, by its hash: an order without rhyme or reason
+    total = int(sizes[first].sum())
+    wanted = {split: train if split == TRAIN else total} if split else {
+        **{held: min(size, total // 10) for held, size in HELD_OUT.items()}, TRAIN: train}
+    documents = not split and len(first) >= 10 and sizes.max() <= min(total // 10, DOCUMENT)
+    order = first if documents else np.sort(first)
+    ends = sizes[order].cumsum()
+    starts = np.full(len(keys), -1)
+    starts[order] = ends - sizes[order]
+    ranges, start = {}, 0
+    for name, size in wanted.items():
+        end = min(start + size, total)
+        if documents and end > start:
+            end = int(ends[np.searchsorted(ends, end)])
+        ranges[name], start = (start, end), end
+    return Plan(starts, ranges)
+
+
+Plans = dict[str, Plan]  # of one user, by the split that the text is meant for, or ""
+
+
+def sizes(plans: Plans) -> dict[str, int]:
+    """The bytes of each split."""
+    ranges = [item for each in plans.values() for item in each.ranges.items()]
+    return {name: end - start for name, (start, end) in ranges}
+
+
+def lack(name: str, size: dict[str, int], train: int, least: int) -> str | None:
+    """What a user hasn't enough text for; least: bytes of a split."""
+    if train < EVERYTHING and size[TRAIN] < train - 3:  # a character that would be cut is up to 3 bytes
+        return f"--train-kb {train / 1000:g}: user {name} has only {size[TRAIN] / 1000:.0f} kB of training text"
+    for split in SPLITS:
+        if size[split] < least:
+            return f"--block-size: the {split} text of user {name}, {size[split]} bytes, is too short for one window"
+
+
+def choose(corpus: Corpus, where: str, train: list[int], least: int, short: str) -> tuple[dict[str, Plans], list[str]]:
+    """The first users by name who have enough text, and a line for each who hasn't. Raises BadInput."""
+    chosen, notes, holdings = {}, [], survey(corpus)
+    for name in sorted(holdings):
+        if len(chosen) == len(train):
+            break
+        wanted = train[len(chosen)]
+        plans = {split: plan(holding, split, wanted) for split, holding in holdings[name].items()}
+        problem = lack(name, sizes(plans), wanted, least)
+        if problem and short == "refuse":
+            raise BadInput(f"{problem}; add text, ask for less, or leave such users out with --short-users leave-out")
+        if problem:
+            notes.append(f"left out: {problem}")
+        else:
+            chosen[name] = plans
+    if len(chosen) < len(train):
+        left = f", and {len(notes)} with too little text" if notes else ""
+        raise BadInput(f"--users {len(train)}: --data {where} holds {len(chosen)} users{left}; add text or ask for "
+                       "fewer")
+    return chosen, notes
