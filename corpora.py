@@ -210,9 +210,9 @@ def field(row: Row, name: str, where: str) -> object:
 
 def name_of(value: object, where: str) -> str:
     """A user's name, which is shown and may become part of a path. Raises BadInput."""
-    name = "" if value is None else str(value)
-    if not re.fullmatch(r"[^/\\\x00-\x1f\x7f]{1,100}", name) or name.startswith("."):
-        raise BadInput(f"{where}: {name[:40]!r} can't be a user's name; rename it to up to 100 characters without a "
+    name = str(value) if isinstance(value, str | int) else ""
+    if not re.fullmatch(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,100}", name) or name.startswith("."):
+        raise BadInput(f"{where}: {str(value)[:40]!r} can't be a user's name; rename it to up to 100 characters without a "
                        "slash or a dot in front")
     return name
 
@@ -227,7 +227,7 @@ def documents(table: Iterable[tuple[str, Row]], recipe: Recipe) -> Iterator[Piec
         texts = [field(row, name, where) or "" for name in recipe.text_fields]
         if not all(isinstance(text, str) for text in texts):
             raise BadInput(f"{where}: its {' or '.join(recipe.text_fields)} is no text; mend the row or take it away")
-        text = recipe.clean("\n".join(texts)).replace("\r\n", "\n")[:recipe.excerpt]
+        text = recipe.clean("\n".join(texts)).replace("\r\n", "\n")[:recipe.excerpt].encode(errors="replace").decode()
         yield Piece(users[str(value)] if users else name_of(value, where), text)
 
 

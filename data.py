@@ -97,7 +97,7 @@ def load_public(encoding: str = "bytes", block_size: int = 64) -> Text:
 def builtin(where: str, train: list[int], target: str, tokens: tiktoken.Encoding) -> list[Text]:
     named = dict(splits.builtin_users(where, train))
     for (name, documents), wanted in zip(named.items(), train, strict=True):
-        if problem := splits.lack(name, {split: bytes_of(documents[split]) for split in SPLITS}, wanted, 0):
+        if problem := splits.lack(where, name, {split: bytes_of(documents[split]) for split in SPLITS}, wanted, 0):
             raise BadInput(f"{problem}; ask for less, or for fewer --users")
     mixed = splits.mix(named.values()) if target == "mixed" else {}
     return [as_tokens(name, documents | mixed, tokens) for name, documents in named.items()]

@@ -142,13 +142,14 @@ def sizes(plans: Plans) -> dict[str, int]:
     return {name: end - start for name, (start, end) in ranges}
 
 
-def lack(name: str, size: dict[str, int], train: int, least: int) -> str | None:
+def lack(where: str, name: str, size: dict[str, int], train: int, least: int) -> str | None:
     """What a user hasn't enough text for; least: bytes of a split."""
     if train < EVERYTHING and size[TRAIN] < train - 3:  # a character that would be cut is up to 3 bytes
         return f"--train-kb {train / 1000:g}: user {name} has only {size[TRAIN] / 1000:.0f} kB of training text"
     for split in SPLITS:
         if size[split] < least:
-            return f"--block-size: the {split} text of user {name}, {size[split]} bytes, is too short for one window"
+            return (f"--data {where}: the {split} text of user {name} has {size[split]} bytes, and a window of "
+                    f"--block-size tokens needs {least}")
 
 
 def choose(corpus: Corpus, where: str, train: list[int], least: int, short: str) -> tuple[dict[str, Plans], list[str]]:
@@ -159,7 +160,7 @@ def choose(corpus: Corpus, where: str, train: list[int], least: int, short: str)
             break
         wanted = train[len(chosen)]
         plans = {split: plan(holding, split, wanted) for split, holding in holdings[name].items()}
-        problem = lack(name, sizes(plans), wanted, least)
+        problem = lack(where, name, sizes(plans), wanted, least)
         if problem and short == "refuse":
             raise BadInput(f"{problem}; add text, ask for less, or leave such users out with --short-users leave-out")
         if problem:

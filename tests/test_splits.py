@@ -121,7 +121,7 @@ def test_blank_text_is_nobodys():
 
 def test_users_with_too_little_are_refused_or_named_and_left_out():
     corpus = corpus_of([Piece(name, words(n, 100 if name == "b" else 5000)) for n, name in enumerate("abcd")])
-    with pytest.raises(BadInput, match="the test text of user b, 9 bytes, is too short .*leave-out"):
+    with pytest.raises(BadInput, match="--data here: the valid text of user b has 9 bytes, .* needs 64; .*leave-out"):
         splits.choose(corpus, "here", [EVERYTHING] * 3, 64, "refuse")
     chosen, notes = splits.choose(corpus, "here", [EVERYTHING] * 3, 64, "leave-out")
     assert list(chosen) == ["a", "c", "d"]
