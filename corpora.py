@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+TABLES = (".csv", ".jsonl")
 LINE = 16_000_000  # characters of a line in a table; a longer one is a mistake, or no table
 PIECE = 2_000_000  # characters of a text that are read at a time
 EXCERPT = 5_000  # characters of a builtin document that are used: many documents, none outweighing the others
@@ -212,8 +213,8 @@ def name_of(value: object, where: str) -> str:
     """A user's name, which is shown and may become part of a path. Raises BadInput."""
     name = str(value) if isinstance(value, str | int) else ""
     if not re.fullmatch(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,100}", name) or name.startswith("."):
-        raise BadInput(f"{where}: {str(value)[:40]!r} can't be a user's name; rename it to up to 100 characters without a "
-                       "slash or a dot in front")
+        raise BadInput(f"{where}: {str(value)[:40]!r} can't be a user's name; rename it to at most 100 characters, no "
+                       "slash among them and no dot in front")
     return name
 
 
@@ -248,7 +249,7 @@ def find(where: str, cache: Path, user_field: str = "user", text_field: str = "t
         names = [(user, split) for user, split, _ in files]
         key = repr((names, digests([file for *_, file in files], cache)))
         return Corpus(shuffled(key).hex(), lambda: texts(files))
-    if path.suffix not in (".csv", ".jsonl") or not path.is_file():
+    if path.suffix not in TABLES or not path.is_file():
         raise BadInput(f"--data {where}: not a folder, nor a .csv or .jsonl file; give one, or one of "
                        f"{', '.join((*BUILTIN, *PUBLIC))}")
     recipe = Recipe(str(path), user_field, None, (text_field,))
@@ -351,6 +352,8 @@ def fetch(name: str, source: str, cache: Path, size: int) -> Path:
     Raises BadInput, OSError.
     """
     recipe, own = PUBLIC[name], ""
+    if Path(source).suffix in TABLES:  # it comes whole, or not at all
+        size = EVERYTHING
     if source != recipe.source:
         own = "-" + shuffled(digests([Path(source)], cache)[0] if Path(source).is_file() else source).hex()[:8]
     kept = cache / f"{name}{own}-{'all' if size == EVERYTHING else f'{size / 1000:.0f}kB'}"
@@ -395,7 +398,7 @@ def read_public(name: str, recipe: Recipe, source: str, folder: Path) -> tuple[S
         except (OSError, ValueError, HTTPException) as error:
             raise BadInput(f"--data {name}: {source} can't be downloaded ({error}); try again, or give a file of it "
                            "with --source") from None
-    elif table.suffix not in (".csv", ".jsonl"):
+    elif table.suffix not in TABLES:
         return hub(name, recipe, source)
     with open(table, "rb") as file:
         md5 = hashlib.file_digest(file, "md5").hexdigest()

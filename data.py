@@ -276,9 +276,9 @@ def counted(tokens: np.ndarray, n: int, V: int, histories: np.ndarray,
     seen, count = np.empty(0, np.int64), np.empty(0)
     for start in range(1, len(tokens), chunk):
         found = ngrams(tokens, n, V, start, min(start + chunk, len(tokens)))
-        found = found[np.isin(found // V, histories)]
-        seen, which = np.unique(np.concatenate([seen, found]), return_inverse=True)
-        count = np.bincount(which, np.concatenate([count, np.ones(len(found))]), len(seen))
+        new, often = np.unique(found[np.isin(found // V, histories)], return_counts=True)
+        seen, which = np.unique(np.concatenate([seen, new]), return_inverse=True)
+        count = np.bincount(which, np.concatenate([count, often]), len(seen))
     return seen, count
 
 
