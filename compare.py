@@ -7,7 +7,6 @@ A run that is already in the folder, with the same settings, isn't run again; so
 (With a new base in the old file, give a new --out.)
 """
 
-import importlib.util
 import json
 import math
 import os
@@ -19,10 +18,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import BadInput, Diverged
+from files import write_json, write_text
 from methods import METHODS
 from model import GENERALIST, ROUTER, SPECIALIST
-from settings import Settings, check, parse_known, parse_settings, setting, status_of
-from train import Run, write, write_json
+from page import save_figure
+from settings import Settings, check, need, parse_known, parse_settings, setting, status_of
+from train import Run
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Comparison:
         None, "learning rates to choose from, for each method by itself: on validation text, with the first seed",
         float, above=0, many=True)
     out: str = setting("out/compare", "folder of the runs, of table.md and of table.json")
-    plot: bool = setting(False, "draw table.png, too (needs matplotlib)", bool)
+    plot: bool = setting(False, "draw table.png and table.svg, too (needs matplotlib)", bool)
 
     def __post_init__(self):
         check(self)
@@ -169,7 +170,7 @@ def curves(summaries: dict[str, dict]) -> str:
 
 
 def draw(summaries: dict[str, dict], path: Path) -> None:
-    """Bars of test perplexity and curves of validation loss."""
+    """Bars of test perplexity and curves of validation loss, as a .png and an .svg."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(12, 1 + 0.35 * max(10, len(summaries))), layout="constrained")
     bars, lines = figure.subplots(1, 2)
@@ -183,23 +184,23 @@ def draw(summaries: dict[str, dict], path: Path) -> None:
     lines.set_xlabel("round")
     lines.set_ylabel("validation loss, nats")
     lines.legend()
-    write(path, lambda temporary: figure.savefig(temporary, format="png"))
+    save_figure(figure, path)
 
 
 def compare(rows: Rows, comparison: Comparison) -> None:
-    """Run all rows, write table.md, table.json and table.png and print the table. Raises BadInput."""
-    if comparison.plot and importlib.util.find_spec("matplotlib") is None:
-        raise BadInput("--plot: needs matplotlib, which isn't installed; pip install matplotlib")
+    """Run all rows, write table.md, table.json and the drawing and print the table. Raises BadInput."""
+    if comparison.plot:
+        need("matplotlib", "--plot")
     if comparison.rates and any(row.experts_see == "both" for row in rows.values()):
         raise BadInput("--rates: can't be judged by validation text that experts learn from; leave --experts-see out")
     folders, tried = play(rows, comparison)
     summaries = {label: summarize(folders[label], tried[label], folders.get("local")) for label in rows}
     out, text = Path(comparison.out), table(summaries)
-    write(out / "table.md", lambda path: path.write_text(f"{text}\n\n{curves(summaries)}\n", encoding="utf-8"))
+    write_text(out / "table.md", f"{text}\n\n{curves(summaries)}\n")
     write_json(out / "table.json", summaries)
     print(text)
     if comparison.plot:
-        draw(summaries, out / "table.png")
+        draw(summaries, out / "table")
 
 
 def split(arguments: list[str] | None, kind: type[Comparison]) -> tuple[Comparison, list[str]]:

@@ -3,7 +3,7 @@
     for piece in corpora.find("FOLDER or FILE.csv or FILE.jsonl or wikipedia", cache=Path("out/cache")).pieces(): ...
 
 A corpus is read as often as wanted, always in the same order, one piece of text at a time. What comes from elsewhere is
-kept in the cache as JSON lines with a manifest, and a folder of the cache is there whole or not at all.
+kept in the cache as JSON lines with a manifest.
 """
 
 import csv
@@ -11,21 +11,21 @@ import hashlib
 import html
 import importlib.util
 import json
-import os
 import re
 import sysconfig
-import tempfile
 import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
+
+from files import read_json, whole, write_json
 
 TABLES = (".csv", ".jsonl")
 LINE = 16_000_000  # characters of a line in a table; a longer one is a mistake, or no table
@@ -157,7 +157,7 @@ class Recipe:
 PUBLIC = {
     "agnews": Recipe(
         "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/train.csv", "class",
-        {"world": "1", "sports": "2", "business": "3", "science": "4"}, ("title", "description"),
+        {"business": "3", "science": "4", "sports": "2", "world": "1"}, ("title", "description"),
         ("class", "title", "description"), news, md5="b1a00f826fdfbd249f79597b59e1dc12",
         licence="for research, not for commerce"),
     "wikipedia": Recipe(
@@ -165,85 +165,98 @@ PUBLIC = {
         excerpt=PUBLIC_EXCERPT, train_kb=2000, licence="CC BY-SA 3.0, GFDL"),
     "slimpajama": Recipe(
         "DKYoon/SlimPajama-6B", "meta.redpajama_set_name",
-        {"stackexchange": "RedPajamaStackExchange", "github": "RedPajamaGithub", "arxiv": "RedPajamaArXiv",
-         "book": "RedPajamaBook"}, excerpt=PUBLIC_EXCERPT, train_kb=2000, licence="each part's own"),
+        {"arxiv": "RedPajamaArXiv", "book": "RedPajamaBook", "github": "RedPajamaGithub",
+         "stackexchange": "RedPajamaStackExchange"}, excerpt=PUBLIC_EXCERPT, train_kb=2000, licence="each part's own"),
     "commoncorpus": Recipe(
         "PleIAs/common_corpus", "collection",
-        {"youtube": "Youtube-Commons-Whisper", "books": "US-PD-Books", "tenders": "TEDEUTenders", "patents": "USPTO"},
+        {"books": "US-PD-Books", "patents": "USPTO", "tenders": "TEDEUTenders", "youtube": "Youtube-Commons-Whisper"},
         excerpt=PUBLIC_EXCERPT, train_kb=2000, licence="public domain or open, in each row"),
 }
 
 
-def rows(path: Path, columns: tuple[str, ...] | None = None) -> Iterator[tuple[str, Row]]:
+def rows(path: Path, called: str, columns: tuple[str, ...] | None = None) -> Iterator[tuple[str, Row]]:
     """Each row of a table, behind a word on where it stands. Raises BadInput."""
     number, table = 0, path.suffix == ".csv"
     try:
         with open(path, encoding="utf-8-sig", newline="" if table else None) as file:
-            csv.field_size_limit(LINE)
-            for number, row in enumerate(csv.DictReader(file, columns) if table else lines(file), 1):
-                yield f"--data {path}, row {number}", row
+            for number, row in enumerate(csv_rows(file, columns) if table else json_rows(file), 1):
+                yield f"{called}, row {number}", row
     except UnicodeDecodeError:
-        raise BadInput(f"--data {path}: is not UTF-8 behind row {number}; convert it") from None
+        raise BadInput(f"{called}: is not UTF-8 behind row {number}; convert it") from None
     except (csv.Error, ValueError, RecursionError) as error:
-        raise BadInput(f"--data {path}: row {number + 1} is no {path.suffix[1:]} ({error}); mend it") from None
+        raise BadInput(f"{called}: row {number + 1} is no {path.suffix[1:]} ({error}); mend it") from None
 
 
-def lines(file: Iterable[str]) -> Iterator[Row]:
-    """The rows of JSON lines. Raises ValueError."""
-    for line in file:
+def csv_rows(file: TextIO, columns: tuple[str, ...] | None) -> Iterator[Row]:
+    """Raises csv.Error, ValueError."""
+    csv.field_size_limit(LINE)
+    for row in csv.DictReader(file, columns, strict=True):
+        if None in row:
+            raise ValueError("more fields than the first row; is a comma without quotes?")
+        yield row
+
+
+def json_rows(file: TextIO) -> Iterator[Row]:
+    """Raises ValueError."""
+    while line := file.readline(LINE + 1):
         if len(line) > LINE:
             raise ValueError(f"longer than {LINE / 1e6:.0f} MB")
         if line.strip():
             yield json.loads(line)
 
 
-def field(row: Row, name: str, where: str) -> object:
-    """A field of a row; `a.b` is field b of field a. Raises BadInput."""
-    value = row
-    for part in [name] if not isinstance(row, dict) or name in row else name.split("."):
-        if not isinstance(value, dict) or part not in value:
-            there = ", ".join(str(key) for key in row if key) if isinstance(row, dict) else "none"
-            raise BadInput(f"{where}: has no field {name}; name one of its fields ({there}) with --user-field or "
-                           "--text-field")
-        value = value[part]
-    return value
+def field(row: Row, name: str) -> object:
+    """A field of a row; `a.b` is also field b of field a. Raises KeyError."""
+    if not isinstance(row, dict):
+        raise KeyError(name)
+    first, _, rest = name.partition(".")
+    return row[name] if name in row or not rest else field(row[first], rest)
 
 
-def name_of(value: object, where: str) -> str:
-    """A user's name, which is shown and may become part of a path. Raises BadInput."""
-    name = str(value) if isinstance(value, str | int) else ""
-    if not re.fullmatch(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,100}", name) or name.startswith("."):
-        raise BadInput(f"{where}: {str(value)[:40]!r} can't be a user's name; rename it to at most 100 characters, no "
-                       "slash among them and no dot in front")
-    return name
+def is_name(value: object) -> bool:
+    """Whether this may be a user's name, which is shown and may become part of a path."""
+    name = str(value)
+    return (isinstance(value, str | int) and 0 < len(name) <= 100 and name.isprintable() and name.strip() == name
+            and not name.startswith(".") and "/" not in name and "\\" not in name)
+
+
+def check_name(name: object, where: str) -> None:
+    """Raises BadInput."""
+    if not is_name(name):
+        raise BadInput(f"{where}: {str(name)[:40]!r} can't be a user's name; rename it to at most 100 characters, no "
+                       "slash among them, no dot in front")
 
 
 def documents(table: Iterable[tuple[str, Row]], recipe: Recipe) -> Iterator[Piece]:
     """The rows that are some user's. Raises BadInput."""
-    users = recipe.users and {value: name for name, value in recipe.users.items()}
+    named = recipe.users and {value: name for name, value in recipe.users.items()}
     for where, row in table:
-        value = field(row, recipe.user_field, where)
-        if users is not None and str(value) not in users:
-            continue
-        texts = [field(row, name, where) or "" for name in recipe.text_fields]
+        try:
+            owner = field(row, recipe.user_field)
+            if named is not None and str(owner) not in named:
+                continue
+            texts = [field(row, name) or "" for name in recipe.text_fields]
+        except KeyError as error:
+            there = ", ".join(map(str, row)) if isinstance(row, dict) else "no fields"
+            raise BadInput(f"{where}: has no field {error.args[0]} but {there}; "
+                           f"{'give another --source' if named else 'name one: --user-field, --text-field'}") from None
         if not all(isinstance(text, str) for text in texts):
             raise BadInput(f"{where}: its {' or '.join(recipe.text_fields)} is no text; mend the row or take it away")
+        if named is None:
+            check_name(owner, where)
         text = recipe.clean("\n".join(texts)).replace("\r\n", "\n")[:recipe.excerpt].encode(errors="replace").decode()
-        yield Piece(users[str(value)] if users else name_of(value, where), text)
+        yield Piece(named[str(owner)] if named else str(owner), text)
 
 
 # --- anyone's own text -----------------------------------------------------------------------------------------------
 
-def find(where: str, cache: Path, user_field: str = "user", text_field: str = "text", source: str | None = None,
-         size: int = EVERYTHING) -> Corpus:
+def find(where: str, cache: Path, user_field: str | None = None, text_field: str | None = None,
+         source: str | None = None, size: int = EVERYTHING) -> Corpus:
     """The corpus of a name of PUBLIC, a folder, or a table (.csv with a header, .jsonl). Raises BadInput, OSError.
 
     source: in the place of PUBLIC's, a file, an address or a data set. size: bytes that are wanted of each user.
     """
-    if where in PUBLIC:
-        path, user_field, text_field = fetch(where, source or PUBLIC[where].source, cache, size), "user", "text"
-    else:
-        path = Path(where)
+    path = fetch(where, source or PUBLIC[where].source, cache, size) if where in PUBLIC else Path(where)
     if path.is_dir():
         files = list(folder(path))
         names = [(user, split) for user, split, _ in files]
@@ -252,31 +265,33 @@ def find(where: str, cache: Path, user_field: str = "user", text_field: str = "t
     if path.suffix not in TABLES or not path.is_file():
         raise BadInput(f"--data {where}: not a folder, nor a .csv or .jsonl file; give one, or one of "
                        f"{', '.join((*BUILTIN, *PUBLIC))}")
-    recipe = Recipe(str(path), user_field, None, (text_field,))
-    return Corpus(shuffled(repr((user_field, text_field, path.suffix, digests([path], cache)))).hex(),
-                  lambda: documents(rows(path), recipe))
+    recipe = Recipe(str(path), user_field or "user", None, (text_field or "text",))
+    key = repr((recipe.user_field, recipe.text_fields, path.suffix, digests([path], cache)))
+    return Corpus(shuffled(key).hex(), lambda: documents(rows(path, f"--data {path}"), recipe))
 
 
 def folder(root: Path) -> Iterator[tuple[str, str, Path]]:
     """The files of a folder, by user: NAME.txt, NAME/ with a file per document, or NAME/{train,valid,test}.txt."""
-    paths = [path for path in visible(root.iterdir()) if path.is_dir() or path.suffix == ".txt"]
+    paths = [path for path in visible(root, "*") if path.is_dir() or path.suffix == ".txt"]
     names = [path.name if path.is_dir() else path.stem for path in paths]
     if len(set(names)) < len(names):
         raise BadInput(f"--data {root}: holds a NAME.txt and a NAME/ for the same user; rename one of them")
     for name, path in zip(names, paths, strict=True):
+        check_name(name, f"--data {root}")
         given = {path / f"{split}.txt": split for split in ("train", "valid", "test")}
-        there = [file for file in given if file.exists()]
+        there = [file for file in given if file.is_file()]
         if there and len(there) < len(given):
             raise BadInput(f"--data {path}: holds {there[0].name} but not all of train.txt, valid.txt and test.txt; "
                            "give all three or none")
-        for file in there or ([path] if path.is_file() else visible(path.rglob("*"))):
+        for file in there or ([path] if path.is_file() else visible(path, "**/*")):
             if file.is_file():
-                yield name_of(name, f"--data {root}"), given.get(file, ""), file
+                yield name, given.get(file, ""), file
 
 
-def visible(paths: Iterable[Path]) -> list[Path]:
-    """The paths in order, without hidden ones."""
-    return sorted(path for path in paths if not path.name.startswith("."))
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """What a folder holds, in order, without what is hidden."""
+    return sorted(path for path in folder.glob(pattern)
+                  if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def texts(files: list[tuple[str, str, Path]]) -> Iterator[Piece]:
@@ -291,28 +306,6 @@ def texts(files: list[tuple[str, str, Path]]) -> Iterator[Piece]:
 
 # --- the cache -------------------------------------------------------------------------------------------------------
 
-@contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """A new folder to fill. It gets its name when it is full: a folder is there whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=target.parent) as temporary:
-        new = Path(temporary, "new")
-        new.mkdir()
-        yield new
-        try:
-            new.rename(target)
-        except OSError:
-            if not target.exists():  # else another process was quicker, with the same
-                raise
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -320,20 +313,21 @@ def sha256(path: Path) -> str:
 
 def digests(paths: list[Path], cache: Path) -> list[str]:
     """The files' SHA-256. A file whose size and times are as at the last time isn't read again."""
-    memory = cache / "digests.json"
+    memory, fresh, result = cache / "digests.json", {}, []
     try:
-        known = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = dict(read_json(memory))
+    except (OSError, TypeError, ValueError):  # there is none, or it was damaged
         known = {}
-    fresh, result = {}, []
     for path in paths:
-        stat, name = path.stat(), str(path.resolve())
+        stat = path.stat()
         mark = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-        *seen, digest = known.get(name, [None])
-        if seen != mark:
-            digest = sha256(path)
-            if time.time_ns() - max(mark[1:]) > 2e9:  # a younger file might still change within one tick of its clock
-                fresh[name] = [*mark, digest]
+        match known.get(str(path.resolve())):
+            case [size, changed, touched, str(digest)] if [size, changed, touched] == mark:
+                pass
+            case _:
+                digest = sha256(path)
+                if time.time_ns() - max(mark[1:]) > 2e9:  # else it might still change within one tick of its clock
+                    fresh[str(path.resolve())] = [*mark, digest]
         result.append(digest)
     if fresh:
         cache.mkdir(parents=True, exist_ok=True)
@@ -351,34 +345,48 @@ def fetch(name: str, source: str, cache: Path, size: int) -> Path:
 
     Raises BadInput, OSError.
     """
-    recipe, own = PUBLIC[name], ""
-    if Path(source).suffix in TABLES:  # it comes whole, or not at all
+    recipe, place, own = PUBLIC[name], Path(source), ""
+    if kind_of(source) in TABLES:  # it comes whole, or not at all
         size = EVERYTHING
-    if source != recipe.source:
-        own = "-" + shuffled(digests([Path(source)], cache)[0] if Path(source).is_file() else source).hex()[:8]
-    kept = cache / f"{name}{own}-{'all' if size == EVERYTHING else f'{size / 1000:.0f}kB'}"
+    if source != recipe.source:  # known by what it holds, if it is here
+        files = [place] if place.is_file() else visible(place, "**/*") if place.is_dir() else []
+        own = "-" + shuffled(repr(digests([file for file in files if file.is_file()], cache) or source)).hex()[:8]
+    kept = cache / f"{name}{own}-{'all' if size == EVERYTHING else size}"
     if not kept.exists():
         with whole(kept) as new:
             streams, revision = read_public(name, recipe, source, new)
             counts = collect(name, streams, size, new / "documents.jsonl")
             for download in new.glob("download.*"):
                 download.unlink()
+            missing = ", ".join(recipe.users.keys() - counts["bytes"].keys())
+            if missing:
+                raise BadInput(f"--data {name}: {source} holds nothing of {missing}; give another --source")
             write_json(new / "manifest.json", {"source": source, "revision": revision, "licence": recipe.licence,
                                                **counts, "sha256": sha256(new / "documents.jsonl")})
-    path, manifest = kept / "documents.jsonl", json.loads((kept / "manifest.json").read_text(encoding="utf-8"))
-    if digests([path], cache) != [manifest["sha256"]]:
+    path = kept / "documents.jsonl"
+    try:
+        intact = digests([path], cache) == [read_json(kept / "manifest.json")["sha256"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
         raise BadInput(f"--data {name}: {path} isn't what its manifest says; delete {kept} to fetch it again")
     return path
 
 
+def kind_of(source: str) -> str:
+    """The suffix of a file or of an address, whatever stands behind a question mark."""
+    return Path(urlsplit(source).path if "://" in source else source).suffix
+
+
 def collect(name: str, streams: Streams, size: int, path: Path) -> dict:
-    """Write so many bytes of each user's documents, without blank ones. Returns the manifest's counts."""
-    bytes_of, documents_of = Counter(), Counter()
+    """Write so many bytes of each user's documents, without blank ones and copies. Returns the manifest's counts."""
+    bytes_of, documents_of, seen = Counter(), Counter(), set()
     total = size * sum(len(users) for users, _ in streams) if size < EVERYTHING else None
     with open(path, "w", encoding="utf-8") as file, tqdm(total=total, unit="B", unit_scale=True, desc=name) as bar:
         for users, pieces in streams:
             for user, text, _ in pieces:
-                if text.strip() and bytes_of[user] < size:
+                if text.strip() and bytes_of[user] < size and (digest := shuffled(text)) not in seen:
+                    seen.add(digest)
                     file.write(json.dumps({"user": user, "text": text}, ensure_ascii=False) + "\n")
                     bytes_of[user] += len(text.encode())
                     documents_of[user] += 1
@@ -390,22 +398,24 @@ def collect(name: str, streams: Streams, size: int, path: Path) -> dict:
 
 def read_public(name: str, recipe: Recipe, source: str, folder: Path) -> tuple[Streams, str]:
     """The documents of a public corpus, and which revision they are of. Raises BadInput."""
-    table = Path(source)
+    table, kind = Path(source), kind_of(source)
+    if kind not in TABLES and ("://" in source or table.is_file()):
+        raise BadInput(f"--source {source}: not a .csv or .jsonl file; give one, or a data set")
+    if kind not in TABLES:
+        return hub(name, recipe, source)
     if "://" in source:
-        table = folder / f"download{table.suffix}"
+        table = folder / f"download{kind}"
         try:
             urllib.request.urlretrieve(source, table)
         except (OSError, ValueError, HTTPException) as error:
             raise BadInput(f"--data {name}: {source} can't be downloaded ({error}); try again, or give a file of it "
                            "with --source") from None
-    elif table.suffix not in TABLES:
-        return hub(name, recipe, source)
     with open(table, "rb") as file:
         md5 = hashlib.file_digest(file, "md5").hexdigest()
     if source == recipe.source and md5 != recipe.md5:
         raise BadInput(f"--data {name}: what came from {source} has MD5 {md5}, not {recipe.md5}; try again, or give a "
                        "file of it with --source")
-    return [(set(recipe.users), documents(rows(table, recipe.columns), recipe))], f"MD5 {md5}"
+    return [(set(recipe.users), documents(rows(table, f"--source {source}", recipe.columns), recipe))], f"MD5 {md5}"
 
 
 def hub(name: str, recipe: Recipe, source: str) -> tuple[Streams, str]:

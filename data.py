@@ -6,7 +6,6 @@ corpora.py says where documents come from, and splits.py who gets which.
 """
 
 import hashlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -19,11 +18,12 @@ import torch
 from torch import Tensor
 
 import splits
-from corpora import BUILTIN, EVERYTHING, PUBLIC, BadInput, Corpus, excerpts, find, public, shuffled, whole, write_json
+from corpora import BUILTIN, EVERYTHING, PUBLIC, BadInput, Corpus, excerpts, find, public, shuffled
+from files import read_json, whole, write_json
 from splits import SPLITS, TEST, TRAIN, VALID, bytes_of
 
 BUILTIN_TRAIN_KB = 40  # private text is scarce, and a run should be short
-END = "<|endoftext|>"  # the token that stands before every document
+END = "<|endoftext|>"  # the token that stands before every document, and every further piece of a long one
 FORMAT = 1  # of the cached tokens
 
 
@@ -83,22 +83,25 @@ def load(where: str, users: int, train_kb: list[float] | None = None, target: st
         raise BadInput(f"--data {where}: {error.filename or cache}: {error.strerror}; check the file and its folder, "
                        "or take another --cache") from None
     for text in texts:
-        check_length(text, block_size)
+        if problem := too_short(text, block_size):
+            raise BadInput(f"--block-size {block_size}: {problem}; add text, take a smaller window, or, for --target "
+                           "mixed, fewer --users")
     return texts
 
 
 def load_public(encoding: str = "bytes", block_size: int = 64) -> Text:
     """The text that a base is pretrained on. Raises BadInput as `load`."""
     text = as_tokens("public", splits.divide(excerpts(public()), splits.HELD_OUT, EVERYTHING), tokenizer(encoding))
-    check_length(text, block_size)
+    if problem := too_short(text, block_size):
+        raise BadInput(f"--block-size {block_size}: {problem}; take a smaller one")
     return text
 
 
 def builtin(where: str, train: list[int], target: str, tokens: tiktoken.Encoding) -> list[Text]:
     named = dict(splits.builtin_users(where, train))
     for (name, documents), wanted in zip(named.items(), train, strict=True):
-        if problem := splits.lack(where, name, {split: bytes_of(documents[split]) for split in SPLITS}, wanted, 0):
-            raise BadInput(f"{problem}; ask for less, or for fewer --users")
+        if problem := splits.lack(name, {split: bytes_of(documents[split]) for split in SPLITS}, wanted, 0):
+            raise BadInput(f"--train-kb {wanted / 1000:g}: {problem}; ask for less, or for fewer --users")
     mixed = splits.mix(named.values()) if target == "mixed" else {}
     return [as_tokens(name, documents | mixed, tokens) for name, documents in named.items()]
 
@@ -108,12 +111,11 @@ def as_tokens(name: str, documents: splits.Documents, tokens: tiktoken.Encoding)
     return Text(name, **numbers, train_bytes=bytes_of(documents[TRAIN]), test_bytes=bytes_of(documents[TEST]))
 
 
-def check_length(text: Text, block_size: int) -> None:
-    """Raise BadInput where a split doesn't fill one window of block_size + 1 tokens."""
+def too_short(text: Text, block_size: int) -> str | None:
+    """What is wrong where a split doesn't fill one window of block_size tokens and its last target."""
     for split in SPLITS:
         if (n := len(getattr(text, split))) <= block_size:
-            raise BadInput(f"--block-size {block_size}: the {split} text of user {text.name} has {n} tokens, too few "
-                           "for one window and its last target; add text or take a smaller window")
+            return f"the {split} text of user {text.name} has {n} tokens, too few for a window of {block_size}"
 
 
 # --- tokens of any other text, in a file that is mapped into memory --------------------------------------------------
@@ -121,26 +123,48 @@ def check_length(text: Text, block_size: int) -> None:
 def cached(where: str, train: list[int], target: str, tokens: tiktoken.Encoding, block_size: int, short: str,
            cache: Path, origin: dict[str, str]) -> list[Text]:
     """The users' text from the cache, where it is put if it isn't there. Raises BadInput, OSError."""
-    held_out = splits.HELD_OUT.values()
-    size = min(max(10 * max(held_out), max(train) + sum(held_out)), EVERYTHING)  # held out is at most a tenth
-    corpus = find(where, cache, size=size, **origin)
-    least = block_size * (1 if tokens.name == "bytes" else 8)  # bytes: few tokens are longer
-    key = shuffled(repr((FORMAT, corpus.key, train, target, tokens.name, tokens.n_vocab, least, short))).hex()[:16]
+    corpus = find(where, cache, size=splits.room(max(train)), **origin)
+    leaving = block_size if short == "leave-out" else None
+    key = shuffled(repr((FORMAT, corpus.key, train, target, tokens.name, tokens.n_vocab, leaving))).hex()[:16]
     kept = cache / f"tokens-{key}"
     if not kept.exists():
-        chosen, notes = splits.choose(corpus, where, train, least, short)
         with whole(kept) as new:
-            users = write_tokens(corpus, chosen, target, tokens, new / "tokens.bin")
-            write_json(new / "manifest.json", {"dtype": encode("", tokens).dtype.name, "users": users, "notes": notes})
+            deal_out(corpus, where, train, target, tokens, block_size, short, new)
+            if find(where, cache, size=splits.room(max(train)), **origin).key != corpus.key:
+                raise BadInput(f"--data {where}: changed while it was read; start again")
+    texts, left_out = read_tokens(kept, cache)
+    for reason in left_out.values():
+        print(f"left out: {reason}", file=sys.stderr)
+    return texts
+
+
+def deal_out(corpus: Corpus, where: str, train: list[int], target: str, tokens: tiktoken.Encoding, block_size: int,
+             short: str, folder: Path) -> None:
+    """Choose users and write their tokens, until none of them is to be left out: how many tokens a text has, only its
+    tokens say. Raises BadInput."""
+    holdings, left_out = splits.survey(corpus), {}
+    while True:
+        chosen, left_out = splits.choose(holdings, where, train, block_size, short, left_out)
+        users = write_tokens(corpus, chosen, target, tokens, folder / "tokens.bin")
+        write_json(folder / "manifest.json", {
+            "dtype": encode("", tokens).dtype.name, "users": users, "left_out": left_out})
+        texts, _ = read_tokens(folder, folder)
+        more = {text.name: reason for text in texts if (reason := too_short(text, block_size))}
+        if short == "refuse" or target == "mixed" or not more:
+            return
+        left_out |= more
+
+
+def read_tokens(folder: Path, cache: Path) -> tuple[list[Text], dict[str, str]]:
+    """The users' text, mapped into memory, and why others are left out. Raises BadInput."""
     try:
-        manifest = json.loads((kept / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json(folder / "manifest.json")
         end = max(user[TEST][1] for user in manifest["users"])
-        numbers = np.memmap(kept / "tokens.bin", manifest["dtype"], "r", shape=end).view(np.ndarray)
-    except (ValueError, KeyError):
-        raise BadInput(f"--cache {cache}: {kept} is damaged; delete it") from None
-    for note in manifest["notes"]:
-        print(note, file=sys.stderr)
-    return [Text(**user | {split: numbers[slice(*user[split])] for split in SPLITS}) for user in manifest["users"]]
+        numbers = np.memmap(folder / "tokens.bin", manifest["dtype"], "r", shape=end).view(np.ndarray)
+        return [Text(**user | {split: numbers[slice(*user[split])] for split in SPLITS})
+                for user in manifest["users"]], manifest["left_out"]
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"--cache {cache}: {folder} is damaged; delete it") from None
 
 
 def write_tokens(corpus: Corpus, users: dict[str, splits.Plans], target: str, tokens: tiktoken.Encoding,
@@ -180,6 +204,7 @@ def write_tokens(corpus: Corpus, users: dict[str, splits.Plans], target: str, to
                 places[split] = start, free
             result.append({"name": name, **places, "train_bytes": train_bytes[name],
                            "test_bytes": bytes_of(documents[TEST])})
+        file.truncate(free * encode("", tokens).itemsize)
     return result
 
 

@@ -11,6 +11,7 @@ E experts in a layer, k of them chosen for a token, r the rank of their changes.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -109,8 +110,11 @@ class ChangedLinear(nn.Linear):
         return super().forward(x).add_(self.change(x))
 
 
+Past = list[Tensor]  # a layer's keys and values of earlier tokens, (B, H, tokens, C/H) each; empty at the beginning
+
+
 class Attention(nn.Module):
-    """Causal self-attention with H heads: (B, T, C) -> (B, T, C)."""
+    """Causal self-attention with H heads: (B, T, C) -> (B, T, C). Behind a past, T is 1; the past grows by T."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -122,11 +126,13 @@ class Attention(nn.Module):
         else:
             self.qkv, self.out = nn.Linear(C, 3 * C), nn.Linear(C, C)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         B, T, C = x.shape
         heads = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, H, T, C/H) each
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, C/H)
+        if past is not None:
+            past[:] = k, v = [torch.cat(pair, 2) for pair in zip(past, (k, v), strict=True)] if past else (k, v)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=k.shape[2] == T)  # (B, H, T, C/H)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -325,8 +331,8 @@ class Block(nn.Module):
         self.moe_norm = Norm(config)
         self.moe = MoE(config)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        x = x + self.attention(self.attention_norm(x))
+    def forward(self, x: Tensor, past: Past | None = None) -> tuple[Tensor, Routing]:
+        x = x + self.attention(self.attention_norm(x), past)
         y, routing = self.moe(self.moe_norm(x))
         return x + y, routing
 
@@ -461,19 +467,28 @@ class GPT(nn.Module):
         assert set(roles.values()) <= set(ROLES)
         return roles
 
+    def own(self) -> dict[str, nn.Parameter]:
+        """All but what is frozen and a base's, by name."""
+        return {name: p for name, p in self.named_parameters()
+                if self.roles[name] != BACKBONE or gpt2_name(name) is None}
+
     def having(self, *roles: str) -> dict[str, nn.Parameter]:
         """The parameters that have one of these roles, by name."""
         return {name: p for name, p in self.named_parameters() if self.roles[name] in roles}
 
-    def trunk(self, idx: Tensor) -> tuple[Tensor, list[Routing]]:
-        """All but the head: (B, T) -> hidden states (B, T, C), and each layer's routing of the N tokens."""
-        T = idx.shape[1]
-        assert self.config.block_size >= T, f"{T} tokens are more than block_size {self.config.block_size}"
-        x = self.tokens(idx) + self.positions.weight[:T]  # (B, T, C)
+    def trunk(self, idx: Tensor, pasts: list[Past] | None = None) -> tuple[Tensor, list[Routing]]:
+        """All but the head: (B, T) -> hidden states (B, T, C), and each layer's routing of the N tokens.
+
+        pasts: of each layer; if they aren't empty, idx is the one token behind them.
+        """
+        before = pasts[0][0].shape[2] if pasts and pasts[0] else 0
+        end = before + idx.shape[1]
+        assert self.config.block_size >= end, f"{end} tokens are more than block_size {self.config.block_size}"
+        x = self.tokens(idx) + self.positions.weight[before:end]  # (B, T, C)
         routings = []
         with precision(x):
-            for block in self.blocks:
-                x, routing = block(x)
+            for block, past in zip(self.blocks, pasts or [None] * len(self.blocks), strict=True):
+                x, routing = block(x, past)
                 routings.append(routing)
         return self.norm(x), routings
 
@@ -491,19 +506,33 @@ class GPT(nn.Module):
             return self.logits(hidden), None
         return None, self.loss(hidden, targets)
 
+    def generate(self, idx: Tensor, n: int, *how, **more) -> Tensor:
+        """idx and n sampled tokens behind it, as `stream` makes them: (B, T) -> (B, T + n)."""
+        return torch.cat([idx, *self.stream(idx, n, *how, **more)], 1)
+
     @torch.no_grad()
-    def generate(self, idx: Tensor, n: int, temperature: float = 1.0, top_k: int | None = None,
-                 generator: torch.Generator | None = None) -> Tensor:
-        """Append n sampled tokens to idx: (B, T) -> (B, T + n). Temperature 0 takes the likeliest token."""
+    def stream(self, idx: Tensor, n: int, temperature: float = 1.0, top_k: int | None = None,
+               generator: torch.Generator | None = None, cache: bool = True) -> Iterator[Tensor]:
+        """Sample n tokens behind idx (B, T), (B, 1) each. Temperature 0 takes the likeliest token.
+
+        What a token sees begins at the text's beginning; whenever that is further back than block_size, it moves on by
+        half of that. In between, keys and values are kept, so that a token is computed once; without the cache, all
+        that it sees is computed for each token anew, to the same end.
+        """
+        half, start, pasts = (self.config.block_size + 1) // 2, 0, [[] for _ in self.blocks]
+        unread = idx  # (B, t)
         for _ in range(n):
-            hidden, _ = self.trunk(idx[:, -self.config.block_size:])
+            if idx.shape[1] - start > self.config.block_size or not cache:
+                start = max(0, -(-(idx.shape[1] - self.config.block_size) // half) * half)
+                unread, pasts = idx[:, start:], [[] for _ in self.blocks]
+            hidden, _ = self.trunk(unread, pasts)
             logits = self.logits(hidden[:, -1])  # (B, V)
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
                 logits = logits.masked_fill(logits < kth, -torch.inf)
             if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)  # (B, 1)
+                unread = logits.argmax(-1, keepdim=True)  # (B, 1)
             else:
-                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)  # (B, 1)
-            idx = torch.cat((idx, new), 1)
-        return idx
+                unread = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)  # (B, 1)
+            idx = torch.cat((idx, unread), 1)
+            yield unread

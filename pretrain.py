@@ -17,9 +17,10 @@ import base
 import data
 from bilevel import Level, cosine, evaluate
 from data import BadInput
+from files import write
 from model import GENERALIST, GPT, GPTConfig, gpt2_name
 from settings import Pretraining, parse_settings, status_of
-from train import DIVERGED, blank, write
+from train import DIVERGED, blank
 
 
 def pretrain(settings: Pretraining) -> Path:

@@ -4,15 +4,17 @@
 """
 
 import argparse
+import importlib.util
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import torch
 
 import base
-from corpora import BUILTIN, PUBLIC, BadInput
+from corpora import BUILTIN, PUBLIC, TABLES, BadInput
 from data import BUILTIN_TRAIN_KB
 from methods import METHODS
 from model import EXPERTS
@@ -118,8 +120,9 @@ class Settings(Training):
     method: str = setting("comigs", "a row of methods.py", choices=tuple(METHODS))
     data: str = setting("builtin", f"text: {', '.join((*BUILTIN, *PUBLIC))}, a folder with a NAME.txt or a NAME/ for "
                                    "each user, or a .csv or .jsonl file")
-    user_field: str = setting("user", "of a .csv or .jsonl file: the field that says whose text it is")
-    text_field: str = setting("text", "likewise, the field that holds the text")
+    user_field: str | None = setting(None, "of a .csv or .jsonl file: the field that says whose text it is; default: "
+                                           "user")
+    text_field: str | None = setting(None, "likewise, the field that holds the text; default: text")
     source: str | None = setting(None, "where a public corpus is read from, in the place of its own source: a file, an "
                                        "address, a data set")
     cache: str = setting("out/cache", "folder for downloaded text and for tokens")
@@ -129,7 +132,7 @@ class Settings(Training):
                           choices=("own", "mixed"))
     train_kb: tuple[float, ...] | None = setting(
         None, f"training text in kB; default: {BUILTIN_TRAIN_KB} of a builtin, 2000 of what is streamed, else all "
-              "there is", float, above=0, many=True)
+              "there is", float, low=0.001, high=1e9, many=True)
     expert: str = setting("mlp", "mlp: feed-forward blocks; lora: low-rank changes of the base's, which is frozen",
                           choices=tuple(EXPERTS))
     lora_rank: tuple[int, ...] = setting((8,), "rank of the changes; most methods that average them need one for all",
@@ -148,15 +151,23 @@ class Settings(Training):
     router_steps: int = setting(5, "router steps in such a visit", int, low=0)
     router_lr: float | None = setting(None, "routers' learning rate; default: as --lr", float, above=0)
     eval_every: int = setting(16, "rounds between evaluations on validation text", int, low=1)
+    plot: bool = setting(False, "draw curves.png and curves.svg, too (needs matplotlib)", bool)
+    tensorboard: bool = setting(False, "log losses and shares for TensorBoard, too (needs tensorboard)", bool)
     out: str | None = setting(None, "folder of the run; default: a new one under out/")
 
     def __post_init__(self):
         super().__post_init__()
         if self.generalists + min(self.specialists) == 0:
             raise BadInput("--generalists 0: a user with --specialists 0 has no expert; give either at least 1")
+        for package, wanted in (("matplotlib", self.plot), ("tensorboard", self.tensorboard)):
+            if wanted:
+                need(package, "--plot" if package == "matplotlib" else "--tensorboard")
         if self.source and self.data not in PUBLIC:
             flags(Settings)["source"].refuse(self.source, f"--data {self.data} is no public corpus",
                                              f"take one of {', '.join(PUBLIC)}, or leave it out")
+        for name in ("user_field", "text_field"):
+            if getattr(self, name) and Path(self.data).suffix not in TABLES:
+                flags(Settings)[name].refuse(getattr(self, name), f"--data {self.data} is no table", "leave it out")
         method, ranks = METHODS[self.method], set(self.lora_rank)
         if method.needs == "lora" and self.expert != "lora":
             raise BadInput(f"--method {self.method}: is about low-rank changes; give --expert lora, and a base")
@@ -190,6 +201,12 @@ def check(settings) -> None:
     for name, flag in flags(type(settings)).items():
         if getattr(settings, name) is not None:
             flag.check(getattr(settings, name))
+
+
+def need(package: str, flag: str) -> None:
+    """Raise BadInput if an optional package isn't there."""
+    if importlib.util.find_spec(package) is None:
+        raise BadInput(f"{flag}: needs {package}, which isn't installed; pip install {package}")
 
 
 def status_of(command: str, work: Callable[[], object], if_stopped: str) -> int:

@@ -2,7 +2,8 @@
 
 A document stands in one split of one user. Of a builtin domain a user takes its test, then its validation, then its
 training documents, and the next user of the same domain goes on from there. Of other text, a user's documents are
-put in an order without rhyme or reason and dealt out likewise; copies count once. Sizes are in bytes of UTF-8.
+put in an order without rhyme or reason and dealt out likewise. Of copies only one counts, that of the first user by
+name. Sizes are in bytes of UTF-8.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from corpora import BUILTIN, EVERYTHING, BadInput, Corpus, Piece, excerpts
+from corpora import BUILTIN, EVERYTHING, PUBLIC_EXCERPT, BadInput, Corpus, Piece, excerpts
 
 SPLITS = TRAIN, VALID, TEST = ("train", "valid", "test")
 HELD_OUT = {TEST: 32_000, VALID: 16_000}  # bytes of a user's held-out text; of anyone's own at most a tenth each
@@ -73,6 +74,7 @@ class Holding:
 
     keys: array = field(default_factory=lambda: array("Q"))
     sizes: array = field(default_factory=lambda: array("Q"))
+    originals: np.ndarray | None = None  # which of the pieces are no copies of earlier ones
 
     def add(self, raw: bytes) -> None:
         self.keys.append(int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little"))
@@ -88,7 +90,7 @@ class Plan:
 
     def cut(self, number: int, text: str) -> Iterator[tuple[str, str]]:
         """The splits that a piece of text belongs to, each with its part of it."""
-        start, raw = int(self.starts[number]), text.encode()
+        start, raw = int(self.starts[number]) if number < len(self.starts) else -1, text.encode()
         for split, (first, end) in self.ranges.items():
             if 0 <= start < end and first < start + len(raw):
                 yield split, raw[max(first - start, 0):end - start].decode(errors="ignore")
@@ -101,11 +103,24 @@ def filled(corpus: Corpus) -> Iterator[Piece]:
 
 
 def survey(corpus: Corpus) -> dict[str, dict[str, Holding]]:
-    """User -> the split that its text is meant for, or "" -> what there is."""
+    """User, in order of names -> the split that its text is meant for, or "" -> what there is."""
     users = defaultdict(lambda: defaultdict(Holding))
     for user, text, split in filled(corpus):
         users[user][split].add(text.encode())
-    return users
+    holdings = [users[name][split] for name in sorted(users) for split in sorted(users[name])]
+    find_copies(holdings)
+    return dict(sorted(users.items()))
+
+
+def find_copies(holdings: list[Holding]) -> None:
+    """Of texts that several have, or one several times, the first is the original."""
+    keys = np.concatenate([np.empty(0, np.uint64), *(np.array(holding.keys) for holding in holdings)])
+    original = np.zeros(len(keys), bool)
+    original[np.unique(keys, return_index=True)[1]] = True
+    end = 0
+    for holding in holdings:
+        start, end = end, end + len(holding.keys)
+        holding.originals = original[start:end]
 
 
 def plan(holding: Holding, split: str, train: int) -> Plan:
@@ -115,12 +130,13 @@ def plan(holding: Holding, split: str, train: int) -> Plan:
     one of them is longer than a tenth of all or than DOCUMENT, they are laid end to end, as they come, and then cut.
     """
     keys, sizes = np.array(holding.keys), np.array(holding.sizes).astype(np.int64)
-    first = np.unique(keys, return_index=True)[1]  # of each text, by its hash: an order without rhyme or reason
-    total = int(sizes[first].sum())
+    order = np.arange(len(keys)) if split else np.flatnonzero(holding.originals)
+    total = int(sizes[order].sum())
     wanted = {split: train if split == TRAIN else total} if split else {
         **{held: min(size, total // 10) for held, size in HELD_OUT.items()}, TRAIN: train}
-    documents = not split and len(first) >= 10 and sizes.max() <= min(total // 10, DOCUMENT)
-    order = first if documents else np.sort(first)
+    documents = not split and len(order) >= 10 and sizes[order].max() <= min(total // 10, DOCUMENT)
+    if documents:
+        order = order[np.argsort(keys[order], kind="stable")]  # by hashes: an order without rhyme or reason
     ends = sizes[order].cumsum()
     starts = np.full(len(keys), -1)
     starts[order] = ends - sizes[order]
@@ -139,36 +155,46 @@ Plans = dict[str, Plan]  # of one user, by the split that the text is meant for,
 def sizes(plans: Plans) -> dict[str, int]:
     """The bytes of each split."""
     ranges = [item for each in plans.values() for item in each.ranges.items()]
-    return {name: end - start for name, (start, end) in ranges}
+    return dict.fromkeys(SPLITS, 0) | {name: end - start for name, (start, end) in ranges}
 
 
-def lack(where: str, name: str, size: dict[str, int], train: int, least: int) -> str | None:
+def room(train: int) -> int:
+    """How much text it takes for so much training text: what is held out is at most a tenth of all, and each split may
+    end one document late."""
+    longest = 4 * PUBLIC_EXCERPT  # bytes
+    return min(max(10 * max(HELD_OUT.values()), train + sum(HELD_OUT.values()) + len(SPLITS) * longest), EVERYTHING)
+
+
+def lack(name: str, size: dict[str, int], train: int, least: int) -> str | None:
     """What a user hasn't enough text for; least: bytes of a split."""
     if train < EVERYTHING and size[TRAIN] < train - 3:  # a character that would be cut is up to 3 bytes
-        return f"--train-kb {train / 1000:g}: user {name} has only {size[TRAIN] / 1000:.0f} kB of training text"
+        return f"user {name} has {size[TRAIN] / 1000:g} kB of training text, not --train-kb {train / 1000:g}"
     for split in SPLITS:
         if size[split] < least:
-            return (f"--data {where}: the {split} text of user {name} has {size[split]} bytes, and a window of "
-                    f"--block-size tokens needs {least}")
+            return f"the {split} text of user {name} has {size[split]} bytes, too few for --block-size {least}"
 
 
-def choose(corpus: Corpus, where: str, train: list[int], least: int, short: str) -> tuple[dict[str, Plans], list[str]]:
-    """The first users by name who have enough text, and a line for each who hasn't. Raises BadInput."""
-    chosen, notes, holdings = {}, [], survey(corpus)
-    for name in sorted(holdings):
+def choose(users: dict[str, dict[str, Holding]], where: str, train: list[int], least: int, short: str,
+           left_out: dict[str, str]) -> tuple[dict[str, Plans], dict[str, str]]:
+    """The first users who have enough text, and why the others before them are left out. Raises BadInput."""
+    chosen, left_out = {}, dict(left_out)
+    for name, holdings in users.items():
         if len(chosen) == len(train):
             break
+        if name in left_out:
+            continue
         wanted = train[len(chosen)]
-        plans = {split: plan(holding, split, wanted) for split, holding in holdings[name].items()}
-        problem = lack(where, name, sizes(plans), wanted, least)
+        plans = {split: plan(holding, split, wanted) for split, holding in holdings.items()}
+        problem = lack(name, sizes(plans), wanted, least)
         if problem and short == "refuse":
-            raise BadInput(f"{problem}; add text, ask for less, or leave such users out with --short-users leave-out")
+            raise BadInput(f"--data {where}: {problem}; add text, ask for less, or leave such users out with "
+                           "--short-users leave-out")
         if problem:
-            notes.append(f"left out: {problem}")
+            left_out[name] = problem
         else:
             chosen[name] = plans
     if len(chosen) < len(train):
-        left = f", and {len(notes)} with too little text" if notes else ""
-        raise BadInput(f"--users {len(train)}: --data {where} holds {len(chosen)} users{left}; add text or ask for "
+        others = f", and {len(left_out)} with too little text" if left_out else ""
+        raise BadInput(f"--users {len(train)}: --data {where} holds {len(chosen)} users{others}; add text or ask for "
                        "fewer")
-    return chosen, notes
+    return chosen, left_out

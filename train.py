@@ -15,7 +15,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -26,16 +26,18 @@ from tqdm import tqdm
 
 import base
 import data
+import page
 from base import Base
 from bilevel import Alternation, constant, cosine, evaluate
 from data import BadInput, Diverged, Text
 from federated import Server, User, federated_round
+from files import write, write_json
 from methods import METHODS
 from model import BACKBONE, GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig
 from settings import SCRATCH, Settings, Training, flags, parse_settings, status_of
 
 DIVERGED = 100.0  # nats; guessing at random costs less than 11, with GPT-2's vocabulary
-RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "result.json")
+RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "result.json", "page.html", "curves.png", "curves.svg")
 
 
 # --- from settings to users ------------------------------------------------------------------------------------------
@@ -128,13 +130,12 @@ class Run:
         self.start = time.perf_counter()
         self.settings = settings
         self.base = starting_point(settings)
-        self.texts = data.load(settings.data, settings.users, settings.train_kb, settings.target, self.base.tokenizer,
-                               settings.block_size, settings.short_users, settings.cache,
-                               user_field=settings.user_field, text_field=settings.text_field, source=settings.source)
+        self.texts = load_texts(settings, self.base.tokenizer)
         self.server, self.users = build(settings, self.base, self.texts)
         pooled = METHODS[settings.method].pooled
         self.learners = self.users * len(self.texts) if pooled else self.users  # whose model a text is tested on
         self.folder = open_folder(settings, self.base)
+        self.board = board(self.folder) if settings.tensorboard else None
 
     def play(self, bar: tqdm) -> dict:
         """Returns what result.json holds. Moves the bar by `users` in each round."""
@@ -177,12 +178,13 @@ class Run:
     def log(self, number: int, losses: dict[User, float], before: list) -> list:
         """Measure validation losses after a round, add them to metrics.jsonl, save the checkpoint, return them."""
         valid = self.measure("valid")
-        lines = [json.dumps({
-            "round": number, "user": text.name, "train_loss": losses.get(user), "valid_loss": loss,
-            "generalist_share": share, "bytes_up": user.bytes_up, "bytes_down": user.bytes_down}) + "\n"
-            for text, user, (loss, share) in zip(self.texts, self.learners, valid, strict=True)]
+        lines = [{"round": number, "user": text.name, "train_loss": losses.get(user), "valid_loss": loss,
+                  "generalist_share": share, "bytes_up": user.bytes_up, "bytes_down": user.bytes_down}
+                 for text, user, (loss, share) in zip(self.texts, self.learners, valid, strict=True)]
         with open(self.folder / "metrics.jsonl", "a") as file:
-            file.writelines(lines)
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        if self.board:
+            show_on(self.board, lines)
         state = checkpoint(self.settings, self.base, self.server, self.users) | {"round": number, "test_start": before}
         write(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
         return valid
@@ -265,22 +267,29 @@ def reference(start: Base) -> dict:
 
 
 def checkpoint(settings: Settings, start: Base, server: Server, users: list[User]) -> dict:
-    """The learners' state: what they have in common once, and of each what is its own. Of a frozen base: its name."""
+    """The server's average, and the state of each user: its model as it is used, without what a base brings."""
     return {"settings": asdict(settings), "base": reference(start), "generalists": server.generalists, "users": [{
         "name": user.name, "config": asdict(user.model.config), "bytes_up": user.bytes_up,
-        "bytes_down": user.bytes_down, "own": user.model.having(SPECIALIST, ROUTER),
+        "bytes_down": user.bytes_down, "parameters": user.model.own(),
+        "weights": [block.moe.weights for block in user.model.blocks],
         "lower": user.lower.state(), "upper": user.upper and user.upper.state()} for user in users]}
 
 
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    save(temporary)
-    os.replace(temporary, path)
+def board(folder: Path) -> "SummaryWriter":  # noqa: F821
+    from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(folder / "tensorboard")
 
 
-def write_json(path: Path, content: dict) -> None:
-    write(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+def show_on(board: "SummaryWriter", lines: list[dict]) -> None:  # noqa: F821
+    """The figures of an evaluation's lines, a chart each with a curve for each user."""
+    for line in lines:
+        share = line["generalist_share"]
+        figures = {name: line[name] for name in ("train_loss", "valid_loss", "bytes_up", "bytes_down")} | {
+            f"generalist_share/layer {layer + 1}": each for layer, each in enumerate(share)}
+        for name, figure in figures.items():
+            if figure is not None:
+                board.add_scalar(f"{name}/{line['user']}", figure, line["round"])
+    board.flush()
 
 
 def train(settings: Settings) -> None:
@@ -289,6 +298,19 @@ def train(settings: Settings) -> None:
     with tqdm(total=settings.rounds * settings.users, unit="user", dynamic_ncols=True) as bar:
         result = run.play(bar)
     print(table(result, run.folder))
+    metrics, models = page.read_lines(run.folder / "metrics.jsonl"), [user.model for user in run.learners]
+    encoding = data.tokenizer(run.base.tokenizer)
+    page.write_page(run.folder / "page.html", run.texts, models, encoding, "test", metrics, result)
+    if settings.plot:
+        page.plot(metrics, run.folder / "curves")
+    print(f"what it learned: {run.folder / 'page.html'}")
+
+
+def load_texts(settings: Settings, tokenizer: str) -> list[Text]:
+    """The users' text. Raises BadInput."""
+    return data.load(settings.data, settings.users, settings.train_kb, settings.target, tokenizer, settings.block_size,
+                     settings.short_users, settings.cache, user_field=settings.user_field,
+                     text_field=settings.text_field, source=settings.source)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -106,7 +106,7 @@ def test_mean_and_deviation_and_markdown():
 
 
 def test_a_plot_without_matplotlib_is_one_line_before_anything_is_run(compared, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     status, _, printed = compared("--plot")
     assert status == 2
     assert "pip install matplotlib" in printed.err.splitlines()[-1]

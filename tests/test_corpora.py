@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import corpora
@@ -57,7 +58,7 @@ def test_half_a_character_from_json_becomes_a_question_mark(tmp_path):
 
 def test_a_folders_users_are_files_folders_and_given_splits(tmp_path):
     for name, text in {"b.txt": "one", "a/1.md": "two", "a/deep/2": "three", "c/train.txt": "x", "c/valid.txt": "y",
-                       "c/test.txt": "z", ".git/config": "hidden", "a/.DS_Store": "hidden", "n.md": "no user"}.items():
+                       "c/test.txt": "z", ".git/config": "hidden", "a/.git/x": "hidden", "n.md": "no user"}.items():
         (tmp_path / "t" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "t" / name).write_text(text, encoding="utf-8-sig")
     assert sorted(read(tmp_path / "t")) == [
@@ -75,8 +76,8 @@ def test_a_large_file_comes_in_pieces_and_loses_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.jsonl", b'{"text": "x"}\n', "row 1: has no field user; name one of its fields .text. with --user-field"),
-    ("a.jsonl", b'{"user": "a", "body": "x"}\n', "has no field text; .*user, body.*--text-field"),
+    ("a.jsonl", b'{"text": "x"}\n', "row 1: has no field user but text; name one: --user-field"),
+    ("a.jsonl", b'{"user": "a", "body": "x"}\n', "has no field text but user, body; .*--text-field"),
     ("a.jsonl", b'["user", "text"]\n', "row 1: has no field user"),
     ("a.jsonl", b'{"user": {"a": 1}, "text": "x"}', "can't be a user's name"),
     ("a.jsonl", b'{"user": "a", "text": 5}\n', "row 1: its text is no text"),
@@ -84,12 +85,15 @@ def test_a_large_file_comes_in_pieces_and_loses_nothing(tmp_path, monkeypatch):
     ("a.jsonl", b"[" * 100_000, "row 1 is no jsonl"),
     ("a.jsonl", b'{"user": "a", "text": "x"}\n{"user": "a", "text": "\xe9"}\n', "is not UTF-8"),
     ("a.csv", "user,text\na,Grüße\n".encode() + b"b,Gr\xfc\xdfe\n", "is not UTF-8"),  # mixed encodings
-    ("a.csv", b"class,title\n1,x\n", "has no field user; .*class, title"),
+    ("a.csv", b"class,title\n1,x\n", "has no field user but class, title"),
     ("a.jsonl", b'{"user": "../b", "text": "x"}', "'../b' can't be a user's name; rename it"),
     ("a.jsonl", b'{"user": "..", "text": "x"}', "can't be a user's name"),
     ("a.csv", b"user,text\n/etc/x,x\n", "'/etc/x' can't be a user's name"),
     ("a.jsonl", b'{"user": "", "text": "x"}', "can't be a user's name"),
     ("a.jsonl", b'{"user": "a\\nb", "text": "x"}', "can't be a user's name"),
+    ("a.jsonl", b'{"user": "a\\u2028b", "text": "x"}', "can't be a user's name"),
+    ("a.csv", b'user,text\na,"no end\nb,x\n', "row 1 is no csv"),
+    ("a.csv", b"user,text\na,one, two\n", "row 1 is no csv .more fields than the first row"),
     ("a.txt", b"text", "not a folder, nor a .csv or .jsonl file"),
 ])
 def test_a_bad_table_is_one_line_and_nothing_is_left(tmp_path, name, content, message):
@@ -186,6 +190,9 @@ def test_a_changed_cache_is_noticed(news):
     file.write_text(file.read_text().replace("barrel", "bottle"))
     with pytest.raises(BadInput, match="isn't what its manifest says; delete .* to fetch it again"):
         read("agnews", source=str(news))
+    file.with_name("manifest.json").write_text("{")
+    with pytest.raises(BadInput, match="isn't what its manifest says; delete .* to fetch it again"):
+        read("agnews", source=str(news))
 
 
 def test_a_download_that_breaks_off_is_one_line_and_nothing_is_kept(news):
@@ -207,11 +214,27 @@ def test_a_download_that_breaks_off_is_one_line_and_nothing_is_kept(news):
     assert nothing_left()
 
 
-@pytest.mark.parametrize("source", ["file:///nowhere/train.csv", "nonsense://x.csv", "http://127.0.0.1:1/x.csv"])
+@pytest.mark.parametrize("source", [
+    "file:///nowhere/train.csv", "nonsense://here/x.csv", "http://127.0.0.1:1/x.csv?download=true"])
 def test_an_address_that_cant_be_read_is_one_line(source):
     with pytest.raises(BadInput, match="can't be downloaded .*--source") as error:
         read("agnews", source=source)
     assert "\n" not in str(error.value)
+    assert nothing_left()
+
+
+@pytest.mark.parametrize("source", ["http://127.0.0.1:1/", "x.parquet"])
+def test_a_source_that_is_no_table_nor_a_data_set_is_one_line(source):
+    Path("x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(BadInput, match=f"--source {source}: not a .csv or .jsonl file; give one, or a data set"):
+        read("slimpajama", source=source, size=1000)
+    assert nothing_left()
+
+
+def test_a_source_that_holds_nothing_of_a_user_is_one_line(tmp_path):
+    source = jsonl(tmp_path / "x.jsonl", [{"text": "x", "collection": "USPTO"}])
+    with pytest.raises(BadInput, match="x.jsonl holds nothing of .*books.*; give another --source"):
+        read("commoncorpus", source=str(source))
     assert nothing_left()
 
 
@@ -279,12 +302,32 @@ def test_public_corpora_are_streamed_only_as_far_as_needed_and_then_need_no_sour
         mine = [piece.text for piece in pieces if piece.user == user]
         assert all(text.startswith(f"{value} ") for text in mine)
         assert 10_000 <= sum(map(len, mine)) < 10_000 + len(mine[-1])
-    kept, = CACHE.glob(f"{name}-*-10kB")
+    kept, = CACHE.glob(f"{name}-*-10000")
     manifest = json.loads((kept / "manifest.json").read_text())
     assert manifest["source"] == str(folder)
     assert manifest["documents"] == Counter(piece.user for piece in pieces)
-    folder.rename(folder.with_name("gone"))
+    monkeypatch.setattr(corpora, "hub", None)
     assert read(name, source=str(folder), size=10_000) == pieces
+
+
+def test_a_local_data_set_that_has_changed_is_read_again(library, tmp_path):
+    (tmp_path / "hub").mkdir()
+    for beginning in ("old ", "new "):
+        rows = [row | {"text": beginning + row["text"]} for row in public_rows("commoncorpus")]
+        jsonl(tmp_path / "hub" / "train.jsonl", rows)
+        pieces = read("commoncorpus", source=str(tmp_path / "hub"), size=5000)
+        assert all(piece.text.startswith(beginning) for piece in pieces)
+
+
+def test_the_default_of_a_public_corpus_is_enough_for_all_splits(library, tmp_path, monkeypatch):
+    """Whatever the documents' lengths: here up to the 20,000 characters of an excerpt, some of them copies."""
+    monkeypatch.setitem(PUBLIC, "commoncorpus", replace(PUBLIC["commoncorpus"], train_kb=300))
+    sizes = np.random.default_rng(0).lognormal(9, 1, 400).astype(int).clip(100, 60_000)
+    rows = [{"text": words(n % 390, int(sizes[n % 390])), "collection": value}
+            for n in range(400) for value in [list(PUBLIC["commoncorpus"].users.values())[n % 4]]]
+    write_parquet(library, tmp_path / "hub" / "train.parquet", rows)
+    texts = data.load("commoncorpus", 4, source=str(tmp_path / "hub"))
+    assert all(text.train_bytes >= 300_000 and text.test_bytes >= 32_000 for text in texts)
 
 
 def test_a_run_on_a_public_corpus_takes_users_text_and_sizes_from_it(local):
@@ -298,7 +341,7 @@ def test_a_run_on_a_public_corpus_takes_users_text_and_sizes_from_it(local):
 
 def test_a_field_that_a_data_set_lacks_is_one_line(library, tmp_path):
     write_parquet(library, tmp_path / "hub" / "train.parquet", [{"body": "x", "collection": "USPTO"}])
-    with pytest.raises(BadInput, match="has no field text; .*body, collection"):
+    with pytest.raises(BadInput, match="has no field text but configuration, body, collection; give another --source"):
         read("commoncorpus", source=str(tmp_path / "hub"), size=1000)
     assert nothing_left()
 

@@ -142,6 +142,48 @@ def test_two_starts_at_once_end_with_one_cache(corpus, monkeypatch):
     assert len(list(Path("out/cache").glob("tokens-*"))) == 1
 
 
+def test_text_that_changes_while_it_is_read_is_one_line_and_not_kept(corpus, monkeypatch):
+    write = data.write_tokens
+
+    def changing(*arguments):
+        (corpus / "anna.txt").write_text(words(5, 9000))
+        (corpus / "dora" / "new.md").write_text(words(6, 900))
+        return write(*arguments)
+    with monkeypatch.context() as context:
+        context.setattr(data, "write_tokens", changing)
+        with pytest.raises(BadInput, match="changed while it was read; start again"):
+            data.load(str(corpus), 4)
+    assert not list(Path("out/cache").glob("tokens-*"))
+    assert len(data.load(str(corpus), 4)) == 4
+
+
+def test_a_memory_of_digests_that_is_damaged_is_made_anew(corpus):
+    first = data.load(str(corpus), 4)
+    for damage in ("[]", "{", '{"a": 5}', '[1, 2]'):
+        Path("out/cache/digests.json").write_text(damage)
+        assert same(first, data.load(str(corpus), 4))
+
+
+def test_leaving_out_goes_by_tokens(corpus, monkeypatch, capsys):
+    """A user whose text makes few tokens is left out although it has many bytes."""
+    (corpus / "bert.txt").write_text("-" * 20_000)
+    table = {bytes([byte]): byte for byte in range(256)} | {b"-" * 2 ** n: 255 + n for n in range(1, 8)}
+    dashes = data.tiktoken.Encoding("dashes", pat_str=r"-+|[^-]", mergeable_ranks=table, special_tokens={data.END: 263})
+    monkeypatch.setattr(data, "tokenizer", lambda name: dashes)
+    with pytest.raises(BadInput, match="--block-size 64: the valid text of user bert has 18 tokens"):
+        data.load(str(corpus), 3)
+    assert [text.name for text in data.load(str(corpus), 3, short="leave-out")] == ["anna", "cleo", "dora"]
+    assert "left out: the valid text of user bert has 18 tokens" in capsys.readouterr().err
+
+
+def test_a_mixed_target_of_too_many_users_is_one_line(tmp_path):
+    rows = "".join(f"u{n:03},{words(n, 90)} {m}\n" for n in range(200) for m in range(12))
+    (tmp_path / "t.csv").write_text("user,text\n" + rows)
+    for _ in range(2):
+        with pytest.raises(BadInput, match="the valid text of user u000 has 0 tokens, .* fewer --users"):
+            data.load(str(tmp_path / "t.csv"), 200, target="mixed", block_size=16)
+
+
 @pytest.mark.parametrize("damage", ["tokens.bin", "manifest.json"])
 def test_a_damaged_cache_is_one_line(corpus, damage):
     data.load(str(corpus), 4)
@@ -263,10 +305,11 @@ def test_the_trigram_counts_the_same_in_chunks(chunk):
     ({}, 1, "--users 1: .* holds 0 users"),
     ({"a.txt": b"caf\xe9 " * 100}, 1, "a.txt: is not UTF-8"),
     ({"a.txt": "Grüße".encode("utf-16")}, 1, "a.txt: is not UTF-8"),
-    ({"a.txt": b"short"}, 1, "the train text of user a has 5 bytes, .* needs 64"),
+    ({"a.txt": b"short"}, 1, "the train text of user a has 5 bytes, .*--block-size 64"),
     ({"a.txt": words(0, 5000).encode()}, 2, "--users 2: .* holds 1 users"),
     ({"a.txt": b"x", "a/b.txt": b"x"}, 1, "rename one"),
     ({"a/test.txt": b"x"}, 1, "all three"),
+    ({"a/test.txt": b"x" * 99, "a/train.txt": b"x" * 99, "a/valid.txt": b""}, 1, "valid text of user a has 0 bytes"),
     ({"a/.hidden": b"x", "a/blank": b" \n"}, 1, "holds 0 users"),
 ])
 def test_bad_text_is_one_line_that_says_what_to_do(tmp_path, files, users, message):
@@ -288,7 +331,7 @@ def test_a_folder_that_isnt_there_is_one_line(name, tmp_path):
 
 
 def test_more_training_text_than_there_is_is_refused(corpus):
-    with pytest.raises(BadInput, match="--train-kb 50: user anna has only 5 kB"):
+    with pytest.raises(BadInput, match="user anna has 4.8 kB of training text, not --train-kb 50"):
         data.load(str(corpus), 4, [50] * 4)
     with pytest.raises(BadInput, match="--train-kb 900"):
         data.load("builtin", 4, [900] * 4)

@@ -306,6 +306,28 @@ def test_generate_appends_tokens_beyond_the_block_size_and_repeats_with_its_gene
     assert torch.equal(first, second)
 
 
+@torch.no_grad()
+def test_a_token_behind_a_past_is_computed_as_in_the_whole_text():
+    model = tiny()
+    idx = torch.randint(11, (2, TINY["block_size"]))
+    hidden, _ = model.trunk(idx)
+    pasts = [[] for _ in model.blocks]
+    parts = [model.trunk(part, pasts)[0] for part in idx.split([3, 1, 1, 1], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), hidden)
+    with pytest.raises(AssertionError, match="more than block_size"):
+        model.trunk(idx[:, :1], pasts)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("prompt", [1, 7, 8, 9, 20])
+def test_a_cache_changes_no_token_also_beyond_the_block_size(temperature, prompt):
+    model = tiny()
+    idx = torch.randint(11, (2, prompt))
+    one, two = (model.generate(idx, 40, temperature, generator=torch.Generator().manual_seed(1), cache=cache)
+                for cache in (True, False))
+    assert torch.equal(one, two)
+
+
 def test_generate_takes_only_the_top_k_and_at_temperature_0_the_best():
     model = tiny()
     idx = torch.randint(11, (1, 3))

@@ -18,7 +18,8 @@ def corpus_of(pieces: list[Piece]) -> Corpus:
 def dealt(pieces: list[Piece], train: int = EVERYTHING) -> dict[str, dict[str, list[str]]]:
     """User -> split -> its documents, or parts of them, in the order of the corpus."""
     corpus = corpus_of(pieces)
-    chosen, _ = splits.choose(corpus, "here", [train] * len({piece.user for piece in pieces}), 0, "refuse")
+    users = splits.survey(corpus)
+    chosen, _ = splits.choose(users, "here", [train] * len(users), 0, "refuse", {})
     result, seen = {user: {split: [] for split in SPLITS} for user in chosen}, Counter()
     for user, text, meant in splits.filled(corpus):
         for split, part in chosen[user][meant].cut(seen[user, meant], text):
@@ -80,6 +81,15 @@ def test_copies_count_once_wherever_they_stand():
     assert everywhere == Counter(documents)
 
 
+def test_of_copies_at_several_users_the_firsts_counts():
+    common = [words(n, 300) for n in range(20)]
+    own = {name: [words(1000 * ord(name) + n, 300) for n in range(20)] for name in "ab"}
+    users = dealt([Piece(name, text) for name in "ba" for text in common + own[name]])
+    everywhere = Counter(document for user in users.values() for split in SPLITS for document in user[split])
+    assert max(everywhere.values()) == 1
+    assert set(common) < {document for split in SPLITS for document in users["a"][split]}
+
+
 def test_a_users_split_doesnt_depend_on_who_else_is_there():
     mine = [Piece("a", words(n, 500)) for n in range(20)]
     others = [Piece("b", words(100 + n, 300)) for n in range(20)]
@@ -120,17 +130,21 @@ def test_blank_text_is_nobodys():
 
 
 def test_users_with_too_little_are_refused_or_named_and_left_out():
-    corpus = corpus_of([Piece(name, words(n, 100 if name == "b" else 5000)) for n, name in enumerate("abcd")])
-    with pytest.raises(BadInput, match="--data here: the valid text of user b has 9 bytes, .* needs 64; .*leave-out"):
-        splits.choose(corpus, "here", [EVERYTHING] * 3, 64, "refuse")
-    chosen, notes = splits.choose(corpus, "here", [EVERYTHING] * 3, 64, "leave-out")
+    users = splits.survey(corpus_of(
+        [Piece(name, words(n, 100 if name == "b" else 5000)) for n, name in enumerate("abcd")]))
+    with pytest.raises(BadInput, match="--data here: the valid text of user b has 9 bytes, .*size 64;.*leave-out"):
+        splits.choose(users, "here", [EVERYTHING] * 3, 64, "refuse", {})
+    chosen, left_out = splits.choose(users, "here", [EVERYTHING] * 3, 64, "leave-out", {})
     assert list(chosen) == ["a", "c", "d"]
-    assert len(notes) == 1
-    assert "user b" in notes[0]
+    assert list(left_out) == ["b"]
+    assert "user b" in left_out["b"]
+    chosen, left_out = splits.choose(users, "here", [EVERYTHING] * 2, 64, "leave-out", {"a": "for a reason"})
+    assert list(chosen) == ["c", "d"]
+    assert list(left_out) == ["a", "b"]
     with pytest.raises(BadInput, match="--users 4: .* holds 3 users, and 1 with too little text"):
-        splits.choose(corpus, "here", [EVERYTHING] * 4, 64, "leave-out")
-    with pytest.raises(BadInput, match="--train-kb 6: user a has only 4 kB"):
-        splits.choose(corpus, "here", [6000] * 2, 64, "refuse")
+        splits.choose(users, "here", [EVERYTHING] * 4, 64, "leave-out", {})
+    with pytest.raises(BadInput, match="user a has 3.99.* kB of training text, not --train-kb 6"):
+        splits.choose(users, "here", [6000] * 2, 64, "refuse", {})
 
 
 def test_take_of_its_docstring_and_no_half_character():
@@ -147,6 +161,7 @@ def test_a_plan_covers_every_byte_once():
         holding = splits.Holding()
         for _ in range(generator.integers(1, 40)):
             holding.add(bytes(generator.integers(0, 2, generator.integers(1, 6)).astype(np.uint8)))
+        splits.find_copies([holding])
         plan, sizes = splits.plan(holding, "", EVERYTHING), np.array(holding.sizes)
         taken = plan.starts >= 0
         covered = [byte for start, size in zip(plan.starts[taken], sizes[taken], strict=True)

@@ -1,0 +1,203 @@
+"""The page of a run: every token coloured by the generalists' share of it, the curves, and the table, in one HTML file.
+
+    python sample.py --run out/NAME --html page.html
+
+Without JavaScript it shows the first and the last layer; with it any layer, any expert, and each token's gates.
+"""
+
+import base64
+import codecs
+import html
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+
+import data
+from data import Text
+from files import write, write_text
+from model import GENERALIST, GPT, dense_gates
+
+SHOWN = 8  # users on the page, at most
+OWN, COMMON = 800, 150  # tokens shown of a user's text, and of each user's in the text that all users read
+READ = 4000  # tokens that the lists of each expert's favourites are made from
+STEPS = 10  # shades of the colour
+KINDS = {"letters": r"\w*[^\W\d_]\w*", "digits": r"\d+", "space": r"\s+", "other": r".*"}  # of a token's text
+
+
+def decode(tokens: Iterable[int], encoding: tiktoken.Encoding) -> Iterator[str]:
+    """The text of each token; together they are the whole text. Half a character waits for its rest, and END is ‖."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for number, token in enumerate(tokens):
+        if token == encoding.eot_token:
+            yield decoder.decode(b"", final=True) + ("\n‖" if number else "‖")
+        else:
+            yield decoder.decode(encoding.decode_single_token_bytes(token))
+
+
+@torch.no_grad()
+def gates_of(model: GPT, tokens: np.ndarray) -> np.ndarray:
+    """Every expert's gate for every token, as the model routes it when it reads these tokens: (L, n, E)."""
+    device, windows = model.tokens.weight.device, data.ordered_windows(tokens, 1, model.config.block_size)
+    E = len(model.config.expert_roles)
+    layers = [[dense_gates(routing, E) for routing in model.trunk(idx.to(device))[1]] for idx, _ in windows]
+    return torch.stack([torch.cat(parts) for parts in zip(*layers, strict=True)]).float().cpu().numpy()
+
+
+def write_page(path: Path, texts: list[Text], models: list[GPT], encoding: tiktoken.Encoding, split: str,
+               metrics: list[dict], result: dict | None) -> None:
+    """Write the page. A text's model is the one in the same place; metrics: the lines of metrics.jsonl."""
+    users = list(zip(texts, models, strict=True))[:SHOWN]
+    common = np.concatenate([getattr(text, split)[:COMMON] for text, _ in users])
+    views = [view(f"{text.name}: its own {split} text", getattr(text, split), model, encoding, OWN)
+             for text, model in users]
+    same = [view(text.name, common, model, encoding, len(common)) for text, model in users]
+    page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    parts = {
+        "TITLE": html.escape(f"{result['method']}, seed {result['seed']}" if result else "a run that is still going"),
+        "LEFT_OUT": f"The first {SHOWN} of {len(texts)} users." if len(texts) > SHOWN else "",
+        "TABLE": table(result, metrics), "SHARES": shares(result, metrics), "CURVES": curves(metrics),
+        "OWN": "".join(map(static, views)), "SAME": "".join(map(static, same)),
+        "DATA": json.dumps({"own": views, "same": same}, ensure_ascii=False).replace("<", "\\u003c"),
+    }
+    write_text(path, re.sub(r"@@(\w+)@@", lambda found: parts[found[1]], page))
+
+
+def view(title: str, tokens: np.ndarray, model: GPT, encoding: tiktoken.Encoding, shown: int) -> dict:
+    """What is to be seen of a text and a model: tokens, gates, and what each expert takes most."""
+    tokens = tokens[:READ]
+    gates = gates_of(model, tokens)  # (L, n - 1, E): the last token is only a target
+    words = list(decode(tokens.tolist(), encoding))[:gates.shape[1]]
+    generalists = sum(role == GENERALIST for role in model.config.expert_roles)
+    return {
+        "title": title, "tokens": words[:shown], "generalists": generalists, "experts": gates.shape[2],
+        "layers": gates.shape[0],
+        "gates": base64.b64encode((gates[:, :shown] * 255).round().astype(np.uint8).tobytes()).decode(),
+        "favourites": [[favourites(words, layer[:, e]) for e in range(gates.shape[2])] for layer in gates],
+        "kinds": [by_kind(words, layer[:, :generalists].sum(1)) for layer in gates],
+    }
+
+
+def favourites(words: list[str], gates: np.ndarray, most: int = 10, often: int = 5) -> list[str]:
+    """The tokens, of those that come often enough, that an expert has the largest mean gate for."""
+    names, which = np.unique(words, return_inverse=True)
+    count, total = np.bincount(which), np.bincount(which, gates)
+    mean = np.where(count >= often, total / count, -1)
+    return [str(names[i]) for i in np.argsort(-mean, kind="stable")[:most] if mean[i] > 0]
+
+
+def by_kind(words: list[str], share: np.ndarray) -> dict[str, float]:
+    """The generalists' mean share of tokens of each kind that there is."""
+    kinds = np.array([next(kind for kind, form in KINDS.items() if re.fullmatch(form, word.strip(" ") or word, re.S))
+                      for word in words])
+    return {kind: float(share[kinds == kind].mean()) for kind in KINDS if (kinds == kind).any()}
+
+
+# --- without JavaScript ----------------------------------------------------------------------------------------------
+
+def static(view: dict) -> str:
+    """A text with its colours in the first and the last layer."""
+    shape = view["layers"], len(view["tokens"]), view["experts"]
+    gates = np.frombuffer(base64.b64decode(view["gates"]), np.uint8).reshape(shape) / 255
+    share = gates[..., :view["generalists"]].sum(2)  # (L, n)
+    sections = []
+    for layer in dict.fromkeys((0, view["layers"] - 1)):
+        shades = np.clip((share[layer] * STEPS).round(), 0, STEPS).astype(int)
+        runs = groupby(zip(view["tokens"], shades, strict=True), key=lambda pair: pair[1])
+        text = "".join(f"<b class=s{shade}>{html.escape(''.join(word for word, _ in run))}</b>" for shade, run in runs)
+        sections.append(f'<h4>layer {layer + 1}</h4><p class=text dir=auto>{text}</p>')
+    return f"<article><h3>{html.escape(view['title'])}</h3><div class=still>{''.join(sections)}</div></article>"
+
+
+def shares(result: dict | None, metrics: list[dict]) -> str:
+    """The generalists' share of all tokens, by user and layer: of the test text, or the newest of validation text."""
+    rows = result["users"] if result else newest(metrics)
+    layers = range(len(rows[0]["generalist_share"])) if rows else []
+    head = "".join(f"<th>layer {layer + 1}" for layer in layers)
+    cells = [(row.get("name", row.get("user")), row["generalist_share"]) for row in rows[:SHOWN]]
+    body = "".join(f"<tr><th>{html.escape(name)}" + "".join(
+        f'<td class=s{min(STEPS, round(share * STEPS))}>{share:.0%}' for share in each) for name, each in cells)
+    return f"<table><tr><th>user{head}{body}</table>"
+
+
+def newest(metrics: list[dict]) -> list[dict]:
+    """The last evaluation's lines."""
+    return [line for line in metrics if line["round"] == metrics[-1]["round"]]
+
+
+def table(result: dict | None, metrics: list[dict]) -> str:
+    """What a run ended with; or how far it has come, on validation text."""
+    if result is None:
+        rows = [(line["user"], f"{math.exp(line['valid_loss']):.2f}") for line in newest(metrics)]
+        head = f"<tr><th>user<th>validation perplexity after round {metrics[-1]['round']}" if metrics else ""
+        return f"<table>{head}{''.join(f'<tr><th>{html.escape(name)}<td>{ppl}' for name, ppl in rows)}</table>"
+    rows = [(user["name"], f"{user['generalists']} + {user['specialists']}", f"{sum(user['parameters'].values()):,}",
+             f"{user['train_bytes'] / 1000:.0f}", f"{user['test_ppl_start']:.1f} → {user['test_ppl']:.2f}",
+             f"{user['trigram_ppl']:.2f}", f"{user['test_bpb']:.3f}") for user in result["users"]]
+    rows.append(("mean", "", "", "", f"{result['mean_test_ppl']:.2f}", "", f"{result['mean_test_bpb']:.3f}"))
+    head = "".join(f"<th>{name}" for name in ("user", "generalists + specialists", "parameters", "training kB",
+                                              "test perplexity", "trigram", "bits per byte"))
+    body = "".join(f"<tr><th>{html.escape(name)}" + "".join(f"<td>{cell}" for cell in cells) for name, *cells in rows)
+    return (f"<table><tr>{head}{body}</table><p>{result['rounds']} rounds in {result['seconds']:.0f} s; users sent "
+            f"{result['bytes_up'] / 1e6:.1f} MB and received {result['bytes_down'] / 1e6:.1f} MB.</p>")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl; one that is only half written, of a run that is still going, is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def curves(metrics: list[dict]) -> str:
+    """Training (dashed) and validation loss by round, a small picture for each user."""
+    users = list(dict.fromkeys(line["user"] for line in metrics))[:SHOWN]
+    losses = [line[name] for line in metrics for name in ("train_loss", "valid_loss") if line[name] is not None]
+    last = max((line["round"] for line in metrics), default=0)
+    if last == 0:
+        return "<p>None yet.</p>"
+    low, high = min(losses), max(losses)
+    pictures = []
+    for user in users:
+        lines = []
+        for name in ("train_loss", "valid_loss"):
+            points = " ".join(
+                f"{40 + 200 * line['round'] / last:.1f},{130 - 115 * (line[name] - low) / ((high - low) or 1):.1f}"
+                for line in metrics if line["user"] == user and line[name] is not None)
+            lines.append(f'<polyline class={name.split("_")[0]} points="{points}"/>')
+        pictures.append(
+            f'<figure><svg viewBox="0 0 250 150" role=img aria-label="losses of {html.escape(user, quote=True)}">'
+            f'<path class=axis d="M40 10V130H240"/>{"".join(lines)}<text x=36 y=18 text-anchor=end>{high:.1f}</text>'
+            f'<text x=36 y=133 text-anchor=end>{low:.1f}</text><text x=240 y=146 text-anchor=end>round {last}</text>'
+            f'</svg><figcaption>{html.escape(user)}</figcaption></figure>')
+    return f"<div class=curves>{''.join(pictures)}</div>"
+
+
+# --- with matplotlib -------------------------------------------------------------------------------------------------
+
+def save_figure(figure: "matplotlib.figure.Figure", path: Path) -> None:  # noqa: F821
+    """Write a figure as .png and .svg."""
+    for kind in ("png", "svg"):
+        write(path.with_suffix(f".{kind}"), lambda temporary, kind=kind: figure.savefig(temporary, format=kind))
+
+
+def plot(metrics: list[dict], path: Path) -> None:
+    """Draw training (dashed) and validation loss by round, and the generalists' share, a colour for each user."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    losses, parts = figure.subplots(1, 2)
+    for number, user in enumerate(dict.fromkeys(line["user"] for line in metrics)):
+        lines = [line for line in metrics if line["user"] == user]
+        rounds, colour = [line["round"] for line in lines], f"C{number % 10}"
+        losses.plot(rounds, [line["valid_loss"] for line in lines], colour, label=user)
+        losses.plot(rounds, [line["train_loss"] for line in lines], colour, linestyle="dashed")
+        parts.plot(rounds, [sum(line["generalist_share"]) / len(line["generalist_share"]) for line in lines], colour)
+    losses.set(xlabel="round", ylabel="loss, nats: validation, and training (dashed)")
+    parts.set(xlabel="round", ylabel="generalists' share, mean over layers", ylim=(0, 1))
+    losses.legend()
+    save_figure(figure, path)

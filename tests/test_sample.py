@@ -1,0 +1,102 @@
+"""Text from a run's models: they are the ones that were tested, and what is printed is what they make."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import data
+import pretrain
+import sample
+import train
+from bilevel import evaluate
+from corpora import BadInput
+
+SHAPE = ["--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--block-size", "8"]
+SCHEDULE = ["--users", "3", "--rounds", "2", "--local-steps", "2", "--router-every", "2", "--router-steps", "1",
+            "--batch-size", "2", "--eval-every", "1"]
+
+
+@pytest.fixture
+def a_run(corpus, tmp_path):
+    """Makes a run, with low-rank experts on a base of its own if the method is about them, and returns its folder."""
+    def make(method: str = "comigs", *more: str):
+        start = SHAPE
+        if method not in ("comigs", "centralized"):
+            assert pretrain.main([*SHAPE, "--steps", "1", "--out", str(tmp_path / "base"), "--overwrite"]) == 0
+            start = ["--init-from", str(tmp_path / "base" / "base.pt"), "--expert", "lora", "--block-size", "8"]
+        arguments = [*start, *SCHEDULE, "--method", method, "--data", corpus, "--out", str(tmp_path / method), *more]
+        assert train.main(arguments) == 0
+        return tmp_path / method
+    return make
+
+
+@pytest.mark.parametrize("method", ["comigs", "centralized", "pcl", "fdlora", "hetlora", "flexlora", "ffa-lora"])
+def test_the_models_of_a_checkpoint_are_those_that_were_tested(a_run, corpus, method):
+    folder = a_run(method)
+    result = json.loads((folder / "result.json").read_text())
+    _, models = sample.load(folder)
+    models = [model for _, model in models] * (3 if method == "centralized" else 1)
+    for text, model, reported in zip(data.load(corpus, 3, block_size=8), models, result["users"], strict=True):
+        loss, _ = evaluate(model, data.ordered_windows(text.test, 128, 8))
+        assert math.exp(loss) == pytest.approx(reported["test_ppl"], rel=1e-6)
+
+
+def said(capsys, *flags: str) -> str:
+    capsys.readouterr()
+    assert sample.main([*flags, "--tokens", "40"]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_prompt_is_continued_and_the_seed_decides(a_run, capsys):
+    folder = str(a_run())
+    one, two, other = (said(capsys, "--run", folder, "--prompt", "naïve 1", "--seed", seed) for seed in ("1", "1", "2"))
+    assert one == two != other
+    assert one.startswith("naïve 1")
+    assert len(one) > 30
+    assert said(capsys, "--run", folder, "--user", "anna", "--temperature", "0") == said(
+        capsys, "--run", folder, "--temperature", "0", "--seed", "7")
+
+
+def test_all_users_stand_side_by_side(a_run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    head, _, *lines = said(capsys, "--run", str(a_run()), "--user", "all", "--prompt", "123").splitlines()
+    assert [name.strip() for name in head.split("│")] == ["anna", "bert", "cleo"]
+    assert all(cell.startswith("123") for cell in lines[0].split(" │ "))
+
+
+def test_new_text_is_what_the_model_samples_half_characters_and_ends_included(a_run):
+    _, ((_, model), *_) = sample.load(a_run())
+    encoding = data.tokenizer("bytes")
+    tokens = [0xC3, 0xA9, 0xFF, 256, 65]
+    model.stream = lambda *_: (torch.tensor([[token]]) for token in tokens)
+    parts = list(sample.continued(model, sample.Sampling(run="x", prompt="!"), encoding))
+    assert parts == ["!", "", "é", "\ufffd", "\n\n", "A"]
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--run", "nowhere"], "--run nowhere: holds no checkpoint.pt"),
+    ([], "--run : not possible"),
+    (["--run", "RUN", "--user", "zoe"], "--user zoe: not in this run; give all, or one of anna, bert, cleo"),
+    (["--run", "RUN", "--temperature", "-1"], "--temperature -1"),
+    (["--run", "RUN", "--tokens", "0"], "--tokens 0"),
+    (["--run", "RUN", "--top-k", "0"], "--top-k 0"),
+    (["--run", "RUN", "--html", "nowhere/page.html"], "--html nowhere/page.html: No such file"),
+])
+def test_bad_input_is_one_line_and_status_2(a_run, capsys, flags, message):
+    flags = [str(a_run()) if flag == "RUN" else flag for flag in flags]
+    capsys.readouterr()
+    assert sample.main(flags) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_damaged_checkpoint_and_another_base_are_one_line(a_run, tmp_path):
+    folder = a_run("ffa-lora")
+    assert pretrain.main([*SHAPE, "--steps", "2", "--out", str(tmp_path / "base"), "--overwrite"]) == 0
+    with pytest.raises(BadInput, match="isn't the file any more that the run started from"):
+        sample.load(folder)
+    (folder / "checkpoint.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(BadInput, match="its model can't be read"):
+        sample.load(folder)
