@@ -3,6 +3,7 @@
     python bench.py                 the default model, from scratch: ten seconds
     python bench.py gpt2            GPT-2's shape (124M, random weights) with low-rank experts: six minutes
     python bench.py gpt2 --device cuda
+    python bench.py sample          sampling, at both sizes: half a minute
 
 From scratch:
 1. The default model's training step, as a share of the rate at which this machine multiplies matrices.
@@ -14,6 +15,9 @@ GPT-2:
    block, each in a process of its own, in turn.
 5. What four users with 1, 2, 4 and 8 specialists hold, and their peak memory while they learn.
 6. What the 64th user adds.
+
+Sampling:
+7. Tokens per second at the 5th and the 500th position, with and without the cache of keys and values.
 """
 
 import argparse
@@ -314,14 +318,35 @@ def bench_gpt2(device: str, shape: dict) -> None:
           f"{(many - few) * 1000 / 60:.1f} MB a user")
 
 
+def token_rate(model: GPT, length: int, cache: bool, tokens: int, device: str) -> float:
+    """Tokens per second of sampling behind so many tokens, the median of `tokens` of them."""
+    stream = model.stream(torch.randint(model.config.vocab_size, (1, length), device=device), 1 + tokens, cache=cache)
+    next(stream)  # reads the text
+    return 1 / statistics.median(seconds(lambda: next(stream), device) for _ in range(tokens))
+
+
+def bench_sample(device: str, shapes: dict[str, dict], length: int = 500, tokens: int = 12) -> None:
+    print(machine(device))
+    for name, shape in shapes.items():
+        config = GPTConfig(**shape)
+        model = GPT(config, pretrained=random_base(config) if config.expert == "lora" else None).to(device)
+        early, late, without = (token_rate(model, *how, tokens, device)
+                                for how in ((5, True), (length, True), (length, False)))
+        print(f"{name}: {early:.0f} tokens/s at position 5, {late:.0f} at {length}; without the cache {without:.1f} at "
+              f"{length}: {late / without:.1f} times as many")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=("scratch", "gpt2"), default="scratch")
+    parser.add_argument("what", nargs="?", choices=("scratch", "gpt2", "sample"), default="scratch")
     parser.add_argument("--device", default="cpu")
     asked = parser.parse_args()
     torch.manual_seed(0)
     if asked.what == "gpt2":
         bench_gpt2(asked.device, GPT2)
+    elif asked.what == "sample":
+        bench_sample(asked.device, {"the default model": {"vocab_size": 257, "block_size": 512, **SCRATCH},
+                                    "GPT-2's shape": GPT2 | {"block_size": 512}})
     else:
         bench_scratch(asked.device)
 

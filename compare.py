@@ -170,20 +170,23 @@ def curves(summaries: dict[str, dict]) -> str:
 
 
 def draw(summaries: dict[str, dict], path: Path) -> None:
-    """Bars of test perplexity and curves of validation loss, as a .png and an .svg."""
+    """Test perplexities, best first, and curves of validation loss, as a .png and an .svg."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(12, 1 + 0.35 * max(10, len(summaries))), layout="constrained")
-    bars, lines = figure.subplots(1, 2)
-    means = [statistics.mean(row["mean"]) for row in summaries.values()]
-    deviations = [statistics.stdev(row["mean"]) if len(row["mean"]) > 1 else 0 for row in summaries.values()]
-    bars.barh(list(summaries), means, xerr=deviations)
-    bars.invert_yaxis()
-    bars.set_xlabel("test perplexity, mean over users")
-    for label, row in summaries.items():
-        lines.plot(*zip(*row["valid_loss_by_round"].items(), strict=True), label=label)
+    points, lines = figure.subplots(1, 2)
+    ranked = dict(sorted(summaries.items(), key=lambda item: statistics.mean(item[1]["mean"])))
+    means = [statistics.mean(row["mean"]) for row in ranked.values()]
+    deviations = [statistics.stdev(row["mean"]) if len(row["mean"]) > 1 else 0 for row in ranked.values()]
+    points.errorbar(means, list(ranked), xerr=deviations, fmt="o", capsize=3)
+    points.invert_yaxis()
+    points.grid(axis="y", alpha=0.3)
+    points.set_xlabel("test perplexity, mean over users")
+    for number, (label, row) in enumerate(ranked.items()):
+        lines.plot(*zip(*row["valid_loss_by_round"].items(), strict=True), f"C{number % 10}", label=label,
+                   linestyle=("solid", "dashed", "dotted")[number // 10 % 3])
     lines.set_xlabel("round")
     lines.set_ylabel("validation loss, nats")
-    lines.legend()
+    lines.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(figure, path)
 
 

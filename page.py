@@ -20,6 +20,7 @@ import tiktoken
 import torch
 
 import data
+from bilevel import evaluate
 from data import Text
 from files import write, write_text
 from model import GENERALIST, GPT, dense_gates
@@ -81,7 +82,23 @@ def view(title: str, tokens: np.ndarray, model: GPT, encoding: tiktoken.Encoding
         "gates": base64.b64encode((gates[:, :shown] * 255).round().astype(np.uint8).tobytes()).decode(),
         "favourites": [[favourites(words, layer[:, e]) for e in range(gates.shape[2])] for layer in gates],
         "kinds": [by_kind(words, layer[:, :generalists].sum(1)) for layer in gates],
+        "read": gates.shape[1], "worth": worth(model, tokens, gates),
     }
+
+
+def worth(model: GPT, tokens: np.ndarray, gates: np.ndarray) -> tuple[float, float] | None:
+    """The perplexity as routed, and if every token got the mean gates of all; None where nothing is routed."""
+    if any(block.moe.weights for block in model.blocks):
+        return None
+
+    def perplexity(weights: list) -> float:
+        for block, each in zip(model.blocks, weights, strict=True):
+            block.moe.weights = each
+        windows = data.ordered_windows(tokens, 8, model.config.block_size, str(model.tokens.weight.device))
+        return math.exp(evaluate(model, windows)[0])
+
+    same = perplexity(gates.mean(1).tolist())
+    return perplexity([None] * len(gates)), same
 
 
 def favourites(words: list[str], gates: np.ndarray, most: int = 10, often: int = 5) -> list[str]:
@@ -112,7 +129,12 @@ def static(view: dict) -> str:
         runs = groupby(zip(view["tokens"], shades, strict=True), key=lambda pair: pair[1])
         text = "".join(f"<b class=s{shade}>{html.escape(''.join(word for word, _ in run))}</b>" for shade, run in runs)
         sections.append(f'<h4>layer {layer + 1}</h4><p class=text dir=auto>{text}</p>')
-    return f"<article><h3>{html.escape(view['title'])}</h3><div class=still>{''.join(sections)}</div></article>"
+    say = ""
+    if view["worth"]:
+        routed, same = view["worth"]
+        say = (f"<p>Perplexity of the first {view['read']:,} tokens: {routed:.2f} as routed, {same:.2f} if every token got "
+               "the mean gates.</p>")
+    return f"<article><h3>{html.escape(view['title'])}</h3>{say}<div class=still>{''.join(sections)}</div></article>"
 
 
 def shares(result: dict | None, metrics: list[dict]) -> str:
@@ -182,8 +204,10 @@ def curves(metrics: list[dict]) -> str:
 
 def save_figure(figure: "matplotlib.figure.Figure", path: Path) -> None:  # noqa: F821
     """Write a figure as .png and .svg."""
-    for kind in ("png", "svg"):
-        write(path.with_suffix(f".{kind}"), lambda temporary, kind=kind: figure.savefig(temporary, format=kind))
+    from matplotlib import rc_context
+    with rc_context({"svg.fonttype": "none"}):  # letters stay letters
+        for kind in ("png", "svg"):
+            write(path.with_suffix(f".{kind}"), lambda temporary, kind=kind: figure.savefig(temporary, format=kind))
 
 
 def plot(metrics: list[dict], path: Path) -> None:

@@ -72,3 +72,9 @@ def test_the_bench_from_scratch_prints_its_three_ratios(monkeypatch, capsys):
     bench.main()
     printed = capsys.readouterr().out
     assert all(line in printed for line in ("share of the matmul rate", "plain dense step", "top-2 / dense block"))
+
+
+def test_the_bench_of_sampling_prints_three_rates(capsys):
+    bench.bench_sample("cpu", {"tiny": TINY | {"block_size": 32}}, length=24, tokens=2)
+    assert "tiny: " in (printed := capsys.readouterr().out)
+    assert all(part in printed for part in ("at position 5", "at 24", "without the cache"))
