@@ -132,8 +132,8 @@ def static(view: dict) -> str:
     say = ""
     if view["worth"]:
         routed, same = view["worth"]
-        say = (f"<p>Perplexity of the first {view['read']:,} tokens: {routed:.2f} as routed, {same:.2f} if every token got "
-               "the mean gates.</p>")
+        say = (f"<p>Perplexity of the first {view['read']:,} tokens: {routed:.2f} as routed, {same:.2f} if all of them "
+               "got the mean gates.</p>")
     return f"<article><h3>{html.escape(view['title'])}</h3>{say}<div class=still>{''.join(sections)}</div></article>"
 
 
