@@ -21,7 +21,7 @@ from data import BadInput, Diverged
 from files import write_json, write_text
 from methods import METHODS
 from model import GENERALIST, ROUTER, SPECIALIST
-from page import save_figure
+from plots import save_figure
 from settings import Settings, check, need, parse_known, parse_settings, setting, status_of
 from train import Run
 

@@ -11,8 +11,11 @@ from pathlib import Path
 def write(path: Path, save: Callable[[Path], object]) -> None:
     """Write a file under another name, which `save` is given, and then rename it."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save(temporary)
-    os.replace(temporary, path)
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

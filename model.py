@@ -512,8 +512,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx: Tensor, n: int, temperature: float = 1.0, top_k: int | None = None,
-               generator: torch.Generator | None = None, cache: bool = True) -> Iterator[Tensor]:
-        """Sample n tokens behind idx (B, T), (B, 1) each. Temperature 0 takes the likeliest token.
+               generator: torch.Generator | None = None, cache: bool = True,
+               vocabulary: int | None = None) -> Iterator[Tensor]:
+        """Sample n tokens behind idx (B, T), (B, 1) each. Temperature 0 takes the likeliest token. Where a tokenizer has
+        fewer tokens than the model, `vocabulary` says how many.
 
         What a token sees begins at the text's beginning; whenever that is further back than block_size, it moves on by
         half of that. In between, keys and values are kept, so that a token is computed once; without the cache, all
@@ -526,7 +528,8 @@ class GPT(nn.Module):
                 start = max(0, -(-(idx.shape[1] - self.config.block_size) // half) * half)
                 unread, pasts = idx[:, start:], [[] for _ in self.blocks]
             hidden, _ = self.trunk(unread, pasts)
-            logits = self.logits(hidden[:, -1])  # (B, V)
+            logits = self.logits(hidden[:, -1])[:, :vocabulary].float()  # (B, V)
+            logits -= logits.amax(1, keepdim=True)
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
                 logits = logits.masked_fill(logits < kth, -torch.inf)

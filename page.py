@@ -22,22 +22,21 @@ import torch
 import data
 from bilevel import evaluate
 from data import Text
-from files import write, write_text
+from files import read_json, write_text
 from model import GENERALIST, GPT, dense_gates
 
 SHOWN = 8  # users on the page, at most
 OWN, COMMON = 800, 150  # tokens shown of a user's text, and of each user's in the text that all users read
 READ = 4000  # tokens that the lists of each expert's favourites are made from
-STEPS = 10  # shades of the colour
 KINDS = {"letters": r"\w*[^\W\d_]\w*", "digits": r"\d+", "space": r"\s+", "other": r".*"}  # of a token's text
 
 
-def decode(tokens: Iterable[int], encoding: tiktoken.Encoding) -> Iterator[str]:
-    """The text of each token; together they are the whole text. Half a character waits for its rest, and END is ‖."""
+def decode(tokens: Iterable[int], encoding: tiktoken.Encoding, end: str = "\n‖") -> Iterator[str]:
+    """The text of each token; together they are the whole text. Half a character waits for its rest."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for number, token in enumerate(tokens):
         if token == encoding.eot_token:
-            yield decoder.decode(b"", final=True) + ("\n‖" if number else "‖")
+            yield decoder.decode(b"", final=True) + (end if number else end.lstrip())
         else:
             yield decoder.decode(encoding.decode_single_token_bytes(token))
 
@@ -51,35 +50,50 @@ def gates_of(model: GPT, tokens: np.ndarray) -> np.ndarray:
     return torch.stack([torch.cat(parts) for parts in zip(*layers, strict=True)]).float().cpu().numpy()
 
 
-def write_page(path: Path, texts: list[Text], models: list[GPT], encoding: tiktoken.Encoding, split: str,
+def of_run(folder: Path, path: Path, title: str, texts: list[Text], models: list[GPT],
+           encoding: tiktoken.Encoding) -> None:
+    """Write the page of a run, of test text if it is through, else of validation text. A text's model is the one in the
+    same place. Raises OSError, ValueError."""
+    result = read_json(folder / "result.json") if (folder / "result.json").exists() else None
+    write_page(path, title, texts, models, encoding, "test" if result else "valid",
+               read_lines(folder / "metrics.jsonl"), result)
+
+
+def write_page(path: Path, title: str, texts: list[Text], models: list[GPT], encoding: tiktoken.Encoding, split: str,
                metrics: list[dict], result: dict | None) -> None:
-    """Write the page. A text's model is the one in the same place; metrics: the lines of metrics.jsonl."""
-    users = list(zip(texts, models, strict=True))[:SHOWN]
-    common = np.concatenate([getattr(text, split)[:COMMON] for text, _ in users])
-    views = [view(f"{text.name}: its own {split} text", getattr(text, split), model, encoding, OWN)
-             for text, model in users]
-    same = [view(text.name, common, model, encoding, len(common)) for text, model in users]
+    """metrics: the lines of metrics.jsonl; result: what result.json holds, if the run is through."""
+    users = [(text.name, getattr(text, split), model) for text, model in zip(texts, models, strict=True)][:SHOWN]
+    mixed = len(users) > 1 and all(np.array_equal(tokens, users[0][1]) for _, tokens, _ in users)
+    common = np.concatenate([tokens[:COMMON] for _, tokens, _ in users])
+    own = [view(name, tokens, model, encoding, OWN) for name, tokens, model in users]
+    same = [] if mixed else [view(name, common, model, encoding, len(common)) for name, _, model in users]
     page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     parts = {
-        "TITLE": html.escape(f"{result['method']}, seed {result['seed']}" if result else "a run that is still going"),
+        "TITLE": html.escape(title),
         "LEFT_OUT": f"The first {SHOWN} of {len(texts)} users." if len(texts) > SHOWN else "",
+        "ROUTED": "" if own[0]["worth"] else "<strong>Here is no router: all tokens have the same gates.</strong>",
+        "OWN_IS": f"The mixed {split} text, which all users are to read" if mixed else f"Each user's own {split} text",
+        "OWN": "".join(map(static, own)), "SAME": "".join(map(static, same)), "ONCE": "hidden" if mixed else "",
         "TABLE": table(result, metrics), "SHARES": shares(result, metrics), "CURVES": curves(metrics),
-        "OWN": "".join(map(static, views)), "SAME": "".join(map(static, same)),
-        "DATA": json.dumps({"own": views, "same": same}, ensure_ascii=False).replace("<", "\\u003c"),
+        "DATA": json.dumps({"own": own, "same": same}, ensure_ascii=False, default=packed).replace("<", "\\u003c"),
     }
     write_text(path, re.sub(r"@@(\w+)@@", lambda found: parts[found[1]], page))
 
 
+def packed(gates: np.ndarray) -> str:
+    """Gates in 255ths, a byte each."""
+    return base64.b64encode((gates * 255).round().astype(np.uint8).tobytes()).decode()
+
+
 def view(title: str, tokens: np.ndarray, model: GPT, encoding: tiktoken.Encoding, shown: int) -> dict:
-    """What is to be seen of a text and a model: tokens, gates, and what each expert takes most."""
+    """What is to be seen of a text and a model: tokens, gates, and what each expert has its largest shares of."""
     tokens = tokens[:READ]
     gates = gates_of(model, tokens)  # (L, n - 1, E): the last token is only a target
     words = list(decode(tokens.tolist(), encoding))[:gates.shape[1]]
     generalists = sum(role == GENERALIST for role in model.config.expert_roles)
     return {
         "title": title, "tokens": words[:shown], "generalists": generalists, "experts": gates.shape[2],
-        "layers": gates.shape[0],
-        "gates": base64.b64encode((gates[:, :shown] * 255).round().astype(np.uint8).tobytes()).decode(),
+        "layers": gates.shape[0], "gates": gates[:, :shown],
         "favourites": [[favourites(words, layer[:, e]) for e in range(gates.shape[2])] for layer in gates],
         "kinds": [by_kind(words, layer[:, :generalists].sum(1)) for layer in gates],
         "read": gates.shape[1], "worth": worth(model, tokens, gates),
@@ -101,12 +115,12 @@ def worth(model: GPT, tokens: np.ndarray, gates: np.ndarray) -> tuple[float, flo
     return perplexity([None] * len(gates)), same
 
 
-def favourites(words: list[str], gates: np.ndarray, most: int = 10, often: int = 5) -> list[str]:
-    """The tokens, of those that come often enough, that an expert has the largest mean gate for."""
+def favourites(words: list[str], gates: np.ndarray, most: int = 10, often: int = 5) -> list[tuple[str, float]]:
+    """The tokens, of those that come often enough, that an expert has its largest mean gates for, and these."""
     names, which = np.unique(words, return_inverse=True)
     count, total = np.bincount(which), np.bincount(which, gates)
-    mean = np.where(count >= often, total / count, -1)
-    return [str(names[i]) for i in np.argsort(-mean, kind="stable")[:most] if mean[i] > 0]
+    mean = np.where(count >= often, total / count, 0)
+    return [(str(names[i]), float(mean[i])) for i in np.argsort(-mean, kind="stable")[:most] if mean[i] > 0]
 
 
 def by_kind(words: list[str], share: np.ndarray) -> dict[str, float]:
@@ -120,15 +134,13 @@ def by_kind(words: list[str], share: np.ndarray) -> dict[str, float]:
 
 def static(view: dict) -> str:
     """A text with its colours in the first and the last layer."""
-    shape = view["layers"], len(view["tokens"]), view["experts"]
-    gates = np.frombuffer(base64.b64decode(view["gates"]), np.uint8).reshape(shape) / 255
-    share = gates[..., :view["generalists"]].sum(2)  # (L, n)
+    share = view["gates"][..., :view["generalists"]].sum(2)  # (L, n)
     sections = []
     for layer in dict.fromkeys((0, view["layers"] - 1)):
-        shades = np.clip((share[layer] * STEPS).round(), 0, STEPS).astype(int)
-        runs = groupby(zip(view["tokens"], shades, strict=True), key=lambda pair: pair[1])
-        text = "".join(f"<b class=s{shade}>{html.escape(''.join(word for word, _ in run))}</b>" for shade, run in runs)
-        sections.append(f'<h4>layer {layer + 1}</h4><p class=text dir=auto>{text}</p>')
+        runs = groupby(zip(view["tokens"], (10 * share[layer]).round().astype(int), strict=True), lambda pair: pair[1])
+        text = "".join(f"<b style=--g:{shade}>{html.escape(''.join(word for word, _ in run))}</b>"
+                       for shade, run in runs)
+        sections.append(f"<h4>layer {layer + 1}</h4><p class=text dir=auto>{text}</p>")
     say = ""
     if view["worth"]:
         routed, same = view["worth"]
@@ -144,7 +156,7 @@ def shares(result: dict | None, metrics: list[dict]) -> str:
     head = "".join(f"<th>layer {layer + 1}" for layer in layers)
     cells = [(row.get("name", row.get("user")), row["generalist_share"]) for row in rows[:SHOWN]]
     body = "".join(f"<tr><th>{html.escape(name)}" + "".join(
-        f'<td class=s{min(STEPS, round(share * STEPS))}>{share:.0%}' for share in each) for name, each in cells)
+        f'<td style=--g:{10 * share:.0f}>{share:.0%}' for share in each) for name, each in cells)
     return f"<table><tr><th>user{head}{body}</table>"
 
 
@@ -198,30 +210,3 @@ def curves(metrics: list[dict]) -> str:
             f'<text x=36 y=133 text-anchor=end>{low:.1f}</text><text x=240 y=146 text-anchor=end>round {last}</text>'
             f'</svg><figcaption>{html.escape(user)}</figcaption></figure>')
     return f"<div class=curves>{''.join(pictures)}</div>"
-
-
-# --- with matplotlib -------------------------------------------------------------------------------------------------
-
-def save_figure(figure: "matplotlib.figure.Figure", path: Path) -> None:  # noqa: F821
-    """Write a figure as .png and .svg."""
-    from matplotlib import rc_context
-    with rc_context({"svg.fonttype": "none"}):  # letters stay letters
-        for kind in ("png", "svg"):
-            write(path.with_suffix(f".{kind}"), lambda temporary, kind=kind: figure.savefig(temporary, format=kind))
-
-
-def plot(metrics: list[dict], path: Path) -> None:
-    """Draw training (dashed) and validation loss by round, and the generalists' share, a colour for each user."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    losses, parts = figure.subplots(1, 2)
-    for number, user in enumerate(dict.fromkeys(line["user"] for line in metrics)):
-        lines = [line for line in metrics if line["user"] == user]
-        rounds, colour = [line["round"] for line in lines], f"C{number % 10}"
-        losses.plot(rounds, [line["valid_loss"] for line in lines], colour, label=user)
-        losses.plot(rounds, [line["train_loss"] for line in lines], colour, linestyle="dashed")
-        parts.plot(rounds, [sum(line["generalist_share"]) / len(line["generalist_share"]) for line in lines], colour)
-    losses.set(xlabel="round", ylabel="loss, nats: validation, and training (dashed)")
-    parts.set(xlabel="round", ylabel="generalists' share, mean over layers", ylim=(0, 1))
-    losses.legend()
-    save_figure(figure, path)

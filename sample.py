@@ -7,7 +7,6 @@
 A run that is still going, or was cut off, shows its newest checkpoint.
 """
 
-import codecs
 import shutil
 import sys
 import textwrap
@@ -24,7 +23,6 @@ import data
 import page
 import train
 from corpora import BadInput
-from files import read_json
 from model import GPT, GPTConfig
 from settings import Settings, check, parse_settings, setting, status_of
 
@@ -33,57 +31,59 @@ from settings import Settings, check, parse_settings, setting, status_of
 class Sampling:
     """What to show of a run. Raises BadInput."""
 
-    run: str = setting("", "folder of the run")
+    run: str | None = setting(None, "folder of the run")
     user: str | None = setting(None, "whose model; all: everyone's, side by side; default: the first user's")
-    prompt: str | None = setting(None, "how the text begins; default: at a document's beginning")
+    prompt: str | None = setting(None, "how the text begins; default: as a document does")
     tokens: int = setting(300, "tokens to make", int, low=1)
     temperature: float = setting(0.8, "0 takes the likeliest token, 1 samples as the model says", float, low=0)
     top_k: int = setting(40, "only the likeliest tokens, so many, are sampled from", int, low=1)
-    seed: int = setting(0, "of the sampling", int, low=0)
+    seed: int = setting(0, "of the sampling", int, low=0, high=2 ** 63)
     html: str | None = setting(None, "write the page to this file, and no text")
 
     def __post_init__(self):
+        if self.run is None:
+            raise BadInput("--run: missing; give the folder of a run")
         check(self)
 
 
 def load(run: Path) -> tuple[dict, list[tuple[str, GPT]]]:
     """The checkpoint of a run, and its users' models, as they are used, by name. Raises BadInput."""
-    path = run / "checkpoint.pt"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        start, block_size = state["base"], state["users"][0]["config"]["block_size"]
-        tensors = {} if start["name"] == "scratch" else base.load(start["name"], block_size).tensors
-        if tensors and start["sha256"] != base.load(start["name"], block_size).sha256:
-            raise ValueError(f"{start['name']}: isn't the file any more that the run started from")
+        state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+        known, models = state["base"], []
+        start = None if known["name"] == "scratch" else base.load(
+            known["name"], state["users"][0]["config"]["block_size"])
+        if start and start.sha256 != known["sha256"]:
+            raise ValueError(f"{known['name']}: isn't the file any more that the run started from")
+        for user in state["users"]:
+            model = GPT(GPTConfig(**user["config"]), torch.Generator(), start and start.tensors)
+            for name, parameter in model.own().items():
+                parameter.data = user["parameters"][name].data  # whose rank a method may have cut
+            for block, weights in zip(model.blocks, user["weights"], strict=True):
+                block.moe.weights = weights
+            models.append((user["name"], model))
+        return state, models
     except FileNotFoundError:
         raise BadInput(f"--run {run}: holds no checkpoint.pt; give the folder of a run") from None
     except Exception as error:  # a foreign file can fail in any way
-        raise BadInput(f"--run {run}: its model can't be read ({error}); give another run") from None
-    models = []
-    for user in state["users"]:
-        model = GPT(GPTConfig(**user["config"]), torch.Generator(), tensors)
-        for name, parameter in model.own().items():
-            parameter.data = user["parameters"][name].data  # whose rank a method may have cut
-        for block, weights in zip(model.blocks, user["weights"], strict=True):
-            block.moe.weights = weights
-        models.append((user["name"], model))
-    return state, models
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise BadInput(f"--run {run}: its models can't be read ({reason}); check the run and its base") from None
 
 
 def continued(model: GPT, sampling: Sampling, encoding: tiktoken.Encoding) -> Iterator[str]:
     """The prompt, and then the text of each new token."""
-    prompt = [encoding.eot_token, *encoding.encode_ordinary(sampling.prompt or "")]
-    generator = torch.Generator().manual_seed(sampling.seed)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    prompt = torch.tensor([[encoding.eot_token, *encoding.encode_ordinary(sampling.prompt or "")]])
+    new = model.stream(prompt, sampling.tokens, sampling.temperature, min(sampling.top_k, encoding.n_vocab),
+                       torch.Generator().manual_seed(sampling.seed), vocabulary=encoding.n_vocab)
     yield sampling.prompt or ""
-    for token in model.stream(torch.tensor([prompt]), sampling.tokens, sampling.temperature, sampling.top_k, generator):
-        new = token.item()
-        yield "\n\n" if new == encoding.eot_token else decoder.decode(encoding.decode_single_token_bytes(new))
+    yield from page.decode((token.item() for token in new), encoding, end="\n\n")
 
 
 def side_by_side(texts: dict[str, str], width: int) -> str:
-    """Texts in columns under their names."""
-    column = max(20, width // len(texts) - 3)
+    """Texts in columns under their names; where there is no room for that, below each other."""
+    column = width // len(texts) - 3
+    if column < 16:
+        return "\n\n".join(f"{name}:\n{text}" for name, text in texts.items())
     columns = [[name, "", *(part for line in text.splitlines() for part in textwrap.wrap(line, column) or [""])]
                for name, text in texts.items()]
     rows = zip_longest(*columns, fillvalue="")
@@ -91,15 +91,14 @@ def side_by_side(texts: dict[str, str], width: int) -> str:
 
 
 def show_page(run: Path, state: dict, models: list[GPT], encoding: tiktoken.Encoding, path: Path) -> None:
-    """Write the page: of test text where the run is through, else of validation text. Raises BadInput."""
-    texts = train.load_texts(Settings(**state["settings"]), state["base"]["tokenizer"])
+    """Raises BadInput."""
+    settings = Settings(**state["settings"] | {"device": "cpu", "plot": False, "tensorboard": False})
+    texts = train.load_texts(settings, state["base"]["tokenizer"])
     models = models * (len(texts) // len(models))  # one for all, where text was pooled
-    result = read_json(run / "result.json") if (run / "result.json").exists() else None
     try:
-        page.write_page(path, texts, models, encoding, "test" if result else "valid",
-                        page.read_lines(run / "metrics.jsonl"), result)
-    except OSError as error:
-        raise BadInput(f"--html {path}: {error.strerror}; give another file") from None
+        page.of_run(run, path, f"{settings.method} on {settings.data}, seed {settings.seed}", texts, models, encoding)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--html {path}: {error}; give another file, or check the run") from None
     print(path)
 
 
@@ -107,21 +106,18 @@ def show(sampling: Sampling) -> None:
     """Raises BadInput."""
     run = Path(sampling.run)
     state, models = load(run)
-    encoding = data.tokenizer(state["base"]["tokenizer"])
+    encoding, named = data.tokenizer(state["base"]["tokenizer"]), dict(models)
+    if sampling.user not in (None, "all", *named):
+        raise BadInput(f"--user {sampling.user}: not in this run; give all, or one of {', '.join(named)}")
     if sampling.html:
-        show_page(run, state, [model for _, model in models], encoding, Path(sampling.html))
-        return
-    if sampling.user == "all":
+        show_page(run, state, list(named.values()), encoding, Path(sampling.html))
+    elif sampling.user == "all":
         texts = {name: "".join(continued(model, sampling, encoding)) for name, model in models}
         print(side_by_side(texts, shutil.get_terminal_size().columns))
-        return
-    named = dict(models)
-    user = sampling.user or models[0][0]
-    if user not in named:
-        raise BadInput(f"--user {user}: not in this run; give all, or one of {', '.join(named)}")
-    for new in continued(named[user], sampling, encoding):
-        print(new, end="", flush=True)
-    print()
+    else:
+        for new in continued(named[sampling.user or models[0][0]], sampling, encoding):
+            print(new, end="", flush=True)
+        print()
 
 
 def main(arguments: list[str] | None = None) -> int:

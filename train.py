@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from tqdm import tqdm
 import base
 import data
 import page
+import plots
 from base import Base
 from bilevel import Alternation, constant, cosine, evaluate
 from data import BadInput, Diverged, Text
@@ -135,7 +137,11 @@ class Run:
         pooled = METHODS[settings.method].pooled
         self.learners = self.users * len(self.texts) if pooled else self.users  # whose model a text is tested on
         self.folder = open_folder(settings, self.base)
-        self.board = board(self.folder) if settings.tensorboard else None
+        self.board = plots.board(self.folder) if settings.tensorboard else None
+
+    @property
+    def title(self) -> str:
+        return f"{self.settings.method} on {self.settings.data}, seed {self.settings.seed}"
 
     def play(self, bar: tqdm) -> dict:
         """Returns what result.json holds. Moves the bar by `users` in each round."""
@@ -184,7 +190,7 @@ class Run:
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
         if self.board:
-            show_on(self.board, lines)
+            plots.show_on(self.board, lines)
         state = checkpoint(self.settings, self.base, self.server, self.users) | {"round": number, "test_start": before}
         write(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
         return valid
@@ -249,6 +255,7 @@ def open_folder(settings: Settings, start: Base) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for path in old:
             path.unlink()
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         write_json(folder / "config.json", config)
     except OSError as error:
         raise BadInput(f"--out {folder}: {error.strerror}; take another folder") from None
@@ -275,34 +282,18 @@ def checkpoint(settings: Settings, start: Base, server: Server, users: list[User
         "lower": user.lower.state(), "upper": user.upper and user.upper.state()} for user in users]}
 
 
-def board(folder: Path) -> "SummaryWriter":  # noqa: F821
-    from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter(folder / "tensorboard")
-
-
-def show_on(board: "SummaryWriter", lines: list[dict]) -> None:  # noqa: F821
-    """The figures of an evaluation's lines, a chart each with a curve for each user."""
-    for line in lines:
-        share = line["generalist_share"]
-        figures = {name: line[name] for name in ("train_loss", "valid_loss", "bytes_up", "bytes_down")} | {
-            f"generalist_share/layer {layer + 1}": each for layer, each in enumerate(share)}
-        for name, figure in figures.items():
-            if figure is not None:
-                board.add_scalar(f"{name}/{line['user']}", figure, line["round"])
-    board.flush()
-
-
 def train(settings: Settings) -> None:
     """Raises BadInput."""
     run = Run(settings)
     with tqdm(total=settings.rounds * settings.users, unit="user", dynamic_ncols=True) as bar:
         result = run.play(bar)
     print(table(result, run.folder))
-    metrics, models = page.read_lines(run.folder / "metrics.jsonl"), [user.model for user in run.learners]
-    encoding = data.tokenizer(run.base.tokenizer)
-    page.write_page(run.folder / "page.html", run.texts, models, encoding, "test", metrics, result)
+    page.of_run(run.folder, run.folder / "page.html", run.title, run.texts, [user.model for user in run.learners],
+                data.tokenizer(run.base.tokenizer))
     if settings.plot:
-        page.plot(metrics, run.folder / "curves")
+        plots.plot(page.read_lines(run.folder / "metrics.jsonl"), run.folder / "curves")
+    if run.board:
+        run.board.close()
     print(f"what it learned: {run.folder / 'page.html'}")
 
 

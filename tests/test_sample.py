@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import sample
 import train
 from bilevel import evaluate
 from corpora import BadInput
+from model import GPT, GPTConfig
 
 SHAPE = ["--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--block-size", "8"]
 SCHEDULE = ["--users", "3", "--rounds", "2", "--local-steps", "2", "--router-every", "2", "--router-steps", "1",
@@ -59,9 +61,42 @@ def test_the_prompt_is_continued_and_the_seed_decides(a_run, capsys):
         capsys, "--run", folder, "--temperature", "0", "--seed", "7")
 
 
-def test_all_users_stand_side_by_side(a_run, capsys, monkeypatch):
+def test_flags_of_sampling_reach_the_model(a_run, capsys):
+    folder = str(a_run())
+    likeliest = said(capsys, "--run", folder, "--temperature", "0")
+    assert said(capsys, "--run", folder, "--top-k", "1") == likeliest
+    assert said(capsys, "--run", folder, "--temperature", "1e-40") == likeliest
+    assert said(capsys, "--run", folder, "--temperature", "9") != said(capsys, "--run", folder, "--temperature", "0.1")
+
+
+def test_tokens_that_the_tokenizer_doesnt_have_are_never_sampled():
+    model = GPT(GPTConfig(vocab_size=300, block_size=8, n_layer=1, n_head=1, n_embd=4, specialists=0))
+    tokens = torch.cat(list(model.stream(torch.zeros(1, 1).long(), 60, 5.0, vocabulary=3)))
+    assert set(tokens.flatten().tolist()) == {0, 1, 2}
+
+
+def test_the_page_of_pooled_text_shows_every_text_with_the_one_model(a_run):
+    folder = a_run("centralized")
+    assert sample.main(["--run", str(folder), "--html", "again.html"]) == 0
+    assert Path("again.html").read_text() == (folder / "page.html").read_text()
+
+
+@pytest.mark.parametrize("file", ["result.json", "metrics.jsonl"])
+def test_a_damaged_run_folder_is_one_line(a_run, file, capsys):
+    folder = a_run()
+    (folder / file).write_text("{\n")
+    capsys.readouterr()
+    assert sample.main(["--run", str(folder), "--html", "page.html"]) == 2
+    assert "--html page.html: " in capsys.readouterr().err
+    assert list(Path().glob("page.html*")) == []
+
+
+def test_all_users_stand_side_by_side_or_below_each_other(a_run, capsys, monkeypatch):
+    folder = str(a_run())
+    monkeypatch.setenv("COLUMNS", "40")
+    assert said(capsys, "--run", folder, "--user", "all", "--prompt", "123").startswith("anna:\n123")
     monkeypatch.setenv("COLUMNS", "100")
-    head, _, *lines = said(capsys, "--run", str(a_run()), "--user", "all", "--prompt", "123").splitlines()
+    head, _, *lines = said(capsys, "--run", folder, "--user", "all", "--prompt", "123").splitlines()
     assert [name.strip() for name in head.split("│")] == ["anna", "bert", "cleo"]
     assert all(cell.startswith("123") for cell in lines[0].split(" │ "))
 
@@ -69,20 +104,22 @@ def test_all_users_stand_side_by_side(a_run, capsys, monkeypatch):
 def test_new_text_is_what_the_model_samples_half_characters_and_ends_included(a_run):
     _, ((_, model), *_) = sample.load(a_run())
     encoding = data.tokenizer("bytes")
-    tokens = [0xC3, 0xA9, 0xFF, 256, 65]
-    model.stream = lambda *_: (torch.tensor([[token]]) for token in tokens)
+    tokens = [0xC3, 0xA9, 0xFF, 0xC3, 256, 0xA9, 65]
+    model.stream = lambda *_, **more: (torch.tensor([[token]]) for token in tokens)
     parts = list(sample.continued(model, sample.Sampling(run="x", prompt="!"), encoding))
-    assert parts == ["!", "", "é", "\ufffd", "\n\n", "A"]
+    assert parts == ["!", "", "é", "\ufffd", "", "\ufffd\n\n", "\ufffd", "A"]
 
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--run", "nowhere"], "--run nowhere: holds no checkpoint.pt"),
-    ([], "--run : not possible"),
+    ([], "--run: missing; give the folder of a run"),
+    (["--run", "RUN", "--seed", "99999999999999999999"], "--seed 99999999999999999999"),
+    (["--run", "RUN", "--html", "."], "--html .: "),
     (["--run", "RUN", "--user", "zoe"], "--user zoe: not in this run; give all, or one of anna, bert, cleo"),
     (["--run", "RUN", "--temperature", "-1"], "--temperature -1"),
     (["--run", "RUN", "--tokens", "0"], "--tokens 0"),
     (["--run", "RUN", "--top-k", "0"], "--top-k 0"),
-    (["--run", "RUN", "--html", "nowhere/page.html"], "--html nowhere/page.html: No such file"),
+    (["--run", "RUN", "--html", "nowhere/page.html"], "--html nowhere/page.html: [Errno 2] No such file"),
 ])
 def test_bad_input_is_one_line_and_status_2(a_run, capsys, flags, message):
     flags = [str(a_run()) if flag == "RUN" else flag for flag in flags]
@@ -97,6 +134,10 @@ def test_a_damaged_checkpoint_and_another_base_are_one_line(a_run, tmp_path):
     assert pretrain.main([*SHAPE, "--steps", "2", "--out", str(tmp_path / "base"), "--overwrite"]) == 0
     with pytest.raises(BadInput, match="isn't the file any more that the run started from"):
         sample.load(folder)
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"base": {"name": "scratch"}, "users": [{"config": {}}]}, folder / "checkpoint.pt")
+    with pytest.raises(BadInput, match="its models can't be read"):
+        sample.load(folder)
     (folder / "checkpoint.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(BadInput, match="its model can't be read"):
+    with pytest.raises(BadInput, match="its models can't be read"):
         sample.load(folder)
