@@ -514,8 +514,8 @@ class GPT(nn.Module):
     def stream(self, idx: Tensor, n: int, temperature: float = 1.0, top_k: int | None = None,
                generator: torch.Generator | None = None, cache: bool = True,
                vocabulary: int | None = None) -> Iterator[Tensor]:
-        """Sample n tokens behind idx (B, T), (B, 1) each. Temperature 0 takes the likeliest token. Where a tokenizer has
-        fewer tokens than the model, `vocabulary` says how many.
+        """Sample n tokens behind idx (B, T), (B, 1) each. Temperature 0 takes the likeliest token. vocabulary: how many
+        tokens there are, where a tokenizer has fewer than the model.
 
         What a token sees begins at the text's beginning; whenever that is further back than block_size, it moves on by
         half of that. In between, keys and values are kept, so that a token is computed once; without the cache, all
