@@ -62,6 +62,11 @@ class Level:
         return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
                 "batches": self.batches.state()}
 
+    def load(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.batches.load(state["batches"])
+
 
 def cosine(steps: int, warmup: int) -> Callable[[int], float]:
     """The experts' schedule, as a factor: linear up over `warmup` steps, a cosine down to a tenth at `steps`."""

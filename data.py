@@ -254,6 +254,10 @@ class RandomWindows:
         """All that the next batches depend on, besides the texts."""
         return [generator.get_state() for generator in self.generators]
 
+    def load(self, state: list[Tensor]) -> None:
+        for generator, own in zip(self.generators, state, strict=True):
+            generator.set_state(own.cpu())
+
 
 def spread_windows(tokens: np.ndarray, n: int, block_size: int, device: str = "cpu") -> Iterator[Batch]:
     """One batch of n windows that are spread evenly over a text."""

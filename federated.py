@@ -7,7 +7,7 @@ each user's weight, too.)
     python -m pytest tests/test_federated.py
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -79,12 +79,49 @@ def average(answers: list[Message], weights: list[float]) -> Message:
     return means
 
 
-class Server:
-    """Holds θ^G, and how often it was averaged."""
+def fault(answer: Message, wanted: dict[str, torch.Size], held: Message) -> str | None:
+    """Why an answer can't be averaged, if it isn't finite tensors of the names, shapes and types that are wanted."""
+    if not isinstance(answer, dict) or answer.keys() != wanted.keys():
+        return "not the tensors that are wanted"
+    for name, tensor in answer.items():
+        if not isinstance(tensor, Tensor) or tensor.dtype != held[name].dtype:
+            return f"{name} isn't {held[name].dtype}"
+        if tensor.shape != wanted[name]:
+            return f"{name} has shape {tuple(tensor.shape)}, not {tuple(wanted[name])}"
+        if not tensor.isfinite().all():
+            return f"{name} isn't finite"
+    return None
 
-    def __init__(self, generalists: Message):
+
+def clip(answer: Message, held: Message, bound: float) -> Message:
+    """The update Δ_i = θ_i^G − θ^G, made shorter where it is longer than the bound: θ^G + Δ_i · min(1, C / ‖Δ_i‖)."""
+    norm = sum((tensor - held[name]).square().sum() for name, tensor in answer.items()) ** 0.5
+    return {name: torch.lerp(held[name], tensor, min(1.0, bound / max(norm.item(), 1e-12)))
+            for name, tensor in answer.items()}
+
+
+class Server:
+    """Holds θ^G, and how often it was averaged.
+
+    bound: C, of an update's norm, if there is one. noise: z; with a bound, every number of the average gets noise from
+    N(0, (z·C/n)²), n being the answers in it (DP-FedAvg, McMahan et al. 2018, for equal weights).
+    """
+
+    def __init__(self, generalists: Message, bound: float | None = None, noise: float = 0.0,
+                 generator: torch.Generator | None = None):
         self.generalists = {name: tensor.detach().clone() for name, tensor in generalists.items()}
+        self.bound, self.noise, self.generator = bound, noise, generator
         self.version = 0
+        self.refused: list[tuple[str, str]] = []  # users, and what was wrong with their answers
+
+    def state(self) -> dict:
+        return {"generalists": self.generalists, "version": self.version, "refused": self.refused,
+                "generator": self.generator and self.generator.get_state()}
+
+    def load(self, state: dict) -> None:
+        self.generalists, self.version, self.refused = (state[name] for name in ("generalists", "version", "refused"))
+        if self.generator:
+            self.generator.set_state(state["generator"].cpu())
 
     def merge(self, answers: list[Message], weights: list[float]) -> Message:
         """What becomes of the users' answers."""
@@ -100,14 +137,39 @@ class Server:
             user.receive(self.cut(user.shared))
             user.version = self.version
 
+    def combine(self, answers: list[tuple[User, Message]]) -> None:
+        """θ^G ← mean of θ_i^G, over the answers that are sound; if there is none, it stays."""
+        sound, weights = [], []
+        for user, answer in answers:
+            if reason := fault(answer, user.shared, self.generalists):
+                self.refused.append((user.name, reason))
+            else:
+                sound.append(clip(answer, self.generalists, self.bound) if self.bound else answer)
+                weights.append(user.weight)
+        if sound:
+            self.generalists |= self.merge(sound, weights)
+            self.version += 1
+            if self.bound and self.noise:
+                self.blur(self.noise * self.bound / len(sound))
 
-def federated_round(server: Server, users: list[User], plan: Alternation) -> Iterator[tuple[User, float]]:
-    """One round. Yields each user and its mean training loss when it is done; averages when asked for one more."""
+    def blur(self, spread: float) -> None:
+        """θ^G ← θ^G + N(0, spread²)."""
+        for name, tensor in self.generalists.items():
+            noise = torch.randn(tensor.shape, generator=self.generator).to(tensor)
+            self.generalists[name] = tensor + spread * noise
+
+
+def federated_round(server: Server, called: list[User], plan: Alternation,
+                    lost: Collection[User] = ()) -> Iterator[tuple[User, float]]:
+    """One round. Yields each user and its mean training loss when it is done; averages when asked for one more.
+
+    lost: the users who vanish before they answer.
+    """
     answers = []
-    for user in users:
+    for user in called:
         server.deliver(user)  # 1. θ_i^G ← θ^G
         loss = user.learn(plan)  # 2. both levels, on the device
-        answers.append(user.answer())  # 3. only θ_i^G leaves it
+        if user not in lost:
+            answers.append((user, user.answer()))  # 3. only θ_i^G leaves it
         yield user, loss
-    server.generalists |= server.merge(answers, [user.weight for user in users])  # 4. θ^G ← mean of θ_i^G
-    server.version += 1
+    server.combine(answers)  # 4. θ^G ← mean of θ_i^G

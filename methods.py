@@ -91,8 +91,8 @@ class Fusing(User):
 class Collecting(Server):
     """Keeps all users' answers, stacked, and sends every user all of them. `--average` has no say here."""
 
-    def __init__(self, generalists: Message):
-        super().__init__(self.merge([generalists], [1]))
+    def __init__(self, generalists: Message, **how):
+        super().__init__(self.merge([generalists], [1]), **how)
 
     def merge(self, answers: list[Message], weights: list[float]) -> Message:
         return {name: torch.stack([answer[name].detach() for answer in answers]) for name in answers[0]}

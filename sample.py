@@ -21,6 +21,7 @@ import torch
 import base
 import data
 import page
+import runs
 import train
 from corpora import BadInput
 from model import GPT, GPTConfig
@@ -49,7 +50,9 @@ class Sampling:
 def load(run: Path) -> tuple[dict, list[tuple[str, GPT]]]:
     """The checkpoint of a run, and its users' models, as they are used, by name. Raises BadInput."""
     try:
-        state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+        state = runs.newest(run)
+        if state is None:
+            raise BadInput(f"--run {run}: holds no checkpoint.pt; give the folder of a run")
         known, models = state["base"], []
         start = None if known["name"] == "scratch" else base.load(
             known["name"], state["users"][0]["config"]["block_size"])
@@ -63,8 +66,8 @@ def load(run: Path) -> tuple[dict, list[tuple[str, GPT]]]:
                 block.moe.weights = weights
             models.append((user["name"], model))
         return state, models
-    except FileNotFoundError:
-        raise BadInput(f"--run {run}: holds no checkpoint.pt; give the folder of a run") from None
+    except BadInput:
+        raise
     except Exception as error:  # a foreign file can fail in any way
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise BadInput(f"--run {run}: its models can't be read ({reason}); check the run and its base") from None
@@ -92,7 +95,7 @@ def side_by_side(texts: dict[str, str], width: int) -> str:
 
 def show_page(run: Path, state: dict, models: list[GPT], encoding: tiktoken.Encoding, path: Path) -> None:
     """Raises BadInput."""
-    settings = Settings(**state["settings"] | {"device": "cpu", "plot": False, "tensorboard": False})
+    settings = Settings(**state["settings"] | {"device": "cpu", "plot": False, "tensorboard": False, "resume": False})
     texts = train.load_texts(settings, state["base"]["tokenizer"])
     models = models * (len(texts) // len(models))  # one for all, where text was pooled
     try:

@@ -16,6 +16,7 @@ import torch
 import base
 from corpora import BUILTIN, PUBLIC, TABLES, BadInput
 from data import BUILTIN_TRAIN_KB
+from federated import Server
 from methods import METHODS
 from model import EXPERTS
 
@@ -30,6 +31,7 @@ class Flag:
     low: float | None = None  # the smallest value
     high: float | None = None  # the largest
     above: float | None = None  # a bound that is itself too small
+    below: float | None = None  # a bound that is itself too large
     choices: tuple[str, ...] = ()
     many: bool = False  # several values, such as one for each user
 
@@ -48,7 +50,7 @@ class Flag:
             unknown = one == "" or (self.choices and one not in self.choices)
             infinite = self.kind is float and not math.isfinite(one)
             small = (self.low is not None and one < self.low) or (self.above is not None and one <= self.above)
-            large = self.high is not None and one > self.high
+            large = (self.high is not None and one > self.high) or (self.below is not None and one >= self.below)
             if unknown or infinite or small or large:
                 self.refuse(value)
 
@@ -66,6 +68,7 @@ class Flag:
         number = "a whole number" if self.kind is int else "a number"
         bound = f"above {self.above}" if self.low is None else f"of at least {self.low}"
         limit = f" and at most {self.high}" if self.high is not None else ""
+        limit += f" and below {self.below}" if self.below is not None else ""
         return f"give {number} {bound}{limit}" + (", or several, with commas between" if self.many else "")
 
 
@@ -145,6 +148,13 @@ class Settings(Training):
                                choices=("train", "both"))
     average: str = setting("uniform", "a user's weight in the average: the same, or its number of training tokens",
                            choices=("uniform", "tokens"))
+    participation: float = setting(1.0, "part of the users that is called in a round", float, above=0, high=1)
+    drop_rate: float = setting(0.0, "chance that a user who was called vanishes before it answers", float, low=0,
+                               below=1)
+    clip_update: float | None = setting(None, "largest norm of a user's update; a longer one is made shorter", float,
+                                        above=0)
+    dp_noise: float = setting(0.0, "noise on the average of clipped updates, in multiples of largest norm / number",
+                              float, low=0)
     rounds: int = setting(64, "communication rounds", int, low=1)
     local_steps: int = setting(10, "expert steps of a user in a round", int, low=1)
     router_every: int = setting(30, "expert steps between two visits to the router", int, low=1)
@@ -154,9 +164,19 @@ class Settings(Training):
     plot: bool = setting(False, "draw curves.png and curves.svg, too (needs matplotlib)", bool)
     tensorboard: bool = setting(False, "log losses and shares for TensorBoard, too (needs tensorboard)", bool)
     out: str | None = setting(None, "folder of the run; default: a new one under out/")
+    resume: bool = setting(False, "go on with the run in --out, from its newest checkpoint, with its settings", bool)
 
     def __post_init__(self):
         super().__post_init__()
+        if self.resume and self.overwrite:
+            raise BadInput("--resume: can't be along with --overwrite; take one of them")
+        if self.dp_noise and not self.clip_update:
+            flags(Settings)["dp_noise"].refuse(self.dp_noise, "needs a bound", "give --clip-update")
+        if self.clip_update and METHODS[self.method].server is not Server:
+            flags(Settings)["clip_update"].refuse(self.clip_update, f"--method {self.method} doesn't average updates",
+                                                  "leave it out")
+        if self.dp_noise and self.average != "uniform":
+            flags(Settings)["dp_noise"].refuse(self.dp_noise, "is for equal weights", "take --average uniform")
         if self.generalists + min(self.specialists) == 0:
             raise BadInput("--generalists 0: a user with --specialists 0 has no expert; give either at least 1")
         for package, wanted in (("matplotlib", self.plot), ("tensorboard", self.tensorboard)):
@@ -216,8 +236,8 @@ def status_of(command: str, work: Callable[[], object], if_stopped: str) -> int:
     except BadInput as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"{command}: stopped; {if_stopped}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"{command}: stopped; {stop.args[0] if stop.args else if_stopped}", file=sys.stderr)
         return 130
     return 0
 
@@ -230,13 +250,24 @@ class Parser(argparse.ArgumentParser):
 def parse_settings(arguments: list[str] | None = None, kind: type = Settings) -> Training:
     """The settings, of some kind, of a command line; None: of this process. Raises BadInput."""
     settings, rest = parse_known(arguments, kind)
-    if rest:
-        raise BadInput(f"{' '.join(rest)}: not known; see --help")
+    refuse_rest(rest)
     return settings
+
+
+def refuse_rest(arguments: list[str]) -> None:
+    """Raises BadInput if there are any."""
+    if arguments:
+        raise BadInput(f"{' '.join(arguments)}: not known; see --help")
 
 
 def parse_known(arguments: list[str] | None, kind: type) -> tuple[object, list[str]]:
     """The settings of some kind, and the arguments that are none of its. Raises BadInput."""
+    given, rest = parse_given(arguments, kind)
+    return kind(**given), rest
+
+
+def parse_given(arguments: list[str] | None, kind: type) -> tuple[dict, list[str]]:
+    """The fields of some kind of settings that are on a command line, and the other arguments. Raises BadInput."""
     parser = Parser(description=kind.__doc__.split(". ")[0] + ".", allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
     for name, flag in flags(kind).items():
@@ -249,4 +280,4 @@ def parse_known(arguments: list[str] | None, kind: type) -> tuple[object, list[s
             parser.add_argument(flag.name, metavar=values,
                                 help=flag.help + (f" (default: {text})" if text is not None else ""))
     given, rest = parser.parse_known_args(arguments)
-    return kind(**{name: flags(kind)[name].parse(text) for name, text in vars(given).items()}), rest
+    return {name: flags(kind)[name].parse(text) for name, text in vars(given).items()}, rest

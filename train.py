@@ -2,26 +2,23 @@
 
     python train.py --users 4 --specialists 1,2,4,8
     python train.py --method fedavg --data FOLDER --users 3 --train-kb 20
+    python train.py --resume --out FOLDER
     python train.py --help
 
-A run's folder holds config.json (settings, versions), metrics.jsonl (a line per user and evaluation), checkpoint.pt
-(the newest state, for torch.load with weights_only=True) and, once it is through, result.json.
+A run's folder holds config.json (settings, versions), metrics.jsonl (a line per user and evaluation), checkpoint.pt and
+previous.pt (states to go on from, for torch.load with weights_only=True) and, once it is through, result.json.
 """
 
-import itertools
 import json
 import math
-import os
-import platform
-import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy
-import tiktoken
 import torch
 from tqdm import tqdm
 
@@ -29,17 +26,17 @@ import base
 import data
 import page
 import plots
+import runs
 from base import Base
 from bilevel import Alternation, constant, cosine, evaluate
 from data import BadInput, Diverged, Text
 from federated import Server, User, federated_round
-from files import write, write_json
+from files import read_json, write_json
 from methods import METHODS
 from model import BACKBONE, GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig
-from settings import SCRATCH, Settings, Training, flags, parse_settings, status_of
+from settings import SCRATCH, Settings, Training, flags, parse_given, refuse_rest, status_of
 
 DIVERGED = 100.0  # nats; guessing at random costs less than 11, with GPT-2's vocabulary
-RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "result.json", "page.html", "curves.png", "curves.svg")
 
 
 # --- from settings to users ------------------------------------------------------------------------------------------
@@ -97,7 +94,7 @@ def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> 
         return data.spread_windows(valid, 32, settings.block_size, settings.device)
 
     seen = ("train", "valid") if settings.experts_see == "both" else ("train",)
-    steps = settings.rounds * settings.local_steps
+    steps = max(1, round(settings.rounds * settings.participation)) * settings.local_steps  # as many as it may expect
     lower = method.level(model.having(GENERALIST, SPECIALIST), batches(seen, "train"), settings.lr,
                          settings.weight_decay, cosine(steps, min(settings.warmup, steps // 5)))
     router = model.having(ROUTER)
@@ -112,7 +109,8 @@ def build(settings: Settings, start: Base, texts: list[Text]) -> tuple[Server, l
     method = METHODS[settings.method]
     largest = max(settings.specialists), max(settings.lora_rank)
     common = build_model(settings, start, *largest, "server")
-    server = method.server(common.having(GENERALIST))
+    server = method.server(common.having(GENERALIST), bound=settings.clip_update, noise=settings.dp_noise,
+                           generator=data.seeded(settings.seed, "noise"))
     if method.pooled:
         return server, [build_user(settings, "everyone", build_model(settings, start, *largest, "everyone"), texts)]
     sizes = zip(settings.specialists, settings.lora_rank, strict=True)
@@ -136,31 +134,70 @@ class Run:
         self.server, self.users = build(settings, self.base, self.texts)
         pooled = METHODS[settings.method].pooled
         self.learners = self.users * len(self.texts) if pooled else self.users  # whose model a text is tested on
-        self.folder = open_folder(settings, self.base)
+        self.folder, self.lock = runs.open_folder(settings, self.base, self.texts)
+        self.done, self.before, self.stopping = 0, None, False  # rounds, test losses at the start, asked to stop
+        if settings.resume:
+            self.go_on()
         self.board = plots.board(self.folder) if settings.tensorboard else None
 
     @property
     def title(self) -> str:
         return f"{self.settings.method} on {self.settings.data}, seed {self.settings.seed}"
 
+    def go_on(self) -> None:
+        """Take up the newest checkpoint. Raises BadInput."""
+        made_with = json.loads(json.dumps(runs.config_of(self.settings, self.base, self.texts)))
+        config = read_json(self.folder / "config.json")
+        for name, what in (("base", "--init-from"), ("texts", "--data")):
+            if config[name] != made_with[name]:
+                raise BadInput(f"{what}: isn't any more what the run in {self.folder} began with; bring it back, or "
+                               "start anew with --overwrite")
+        if (self.folder / "result.json").exists():
+            raise BadInput(f"--resume: the run in {self.folder} is through; --overwrite starts anew")
+        if state := runs.newest(self.folder, self.settings.device):
+            runs.restore(state, self.server, self.users)
+            self.done, self.before = state["round"], state["test_start"]
+            self.start -= state["seconds"]
+        runs.forget_later(self.folder, self.done if state else -1)
+
     def play(self, bar: tqdm) -> dict:
-        """Returns what result.json holds. Moves the bar by `users` in each round."""
-        settings, users = self.settings, self.users
+        """Returns what result.json holds. Moves the bar by `users` in each round. Raises KeyboardInterrupt behind a
+        round, with a checkpoint, if it is to stop."""
+        settings = self.settings
         plan = Alternation(settings.local_steps, settings.router_every, settings.router_steps)
-        before = self.measure("test")
-        self.log(0, {}, before)
-        for number in range(1, settings.rounds + 1):
-            losses = {}
-            for user, loss in federated_round(self.server, users, plan):
+        bar.update(self.done * settings.users)
+        valid = None
+        if self.before is None:
+            self.before = self.measure("test")
+            self.log(0, {})
+        for number in range(self.done + 1, settings.rounds + 1):
+            called, lost = self.called(number)
+            losses, refused = {}, len(self.server.refused)
+            for user, loss in federated_round(self.server, called, plan, lost):
                 losses[user] = self.finite(user, loss)
-                bar.update(settings.users // len(users))
+                bar.update(settings.users / len(called))
                 bar.set_description(f"{settings.method}, round {number}/{settings.rounds}, {user.name}, "
                                     f"loss {loss:.2f}")
-            if number % settings.eval_every == 0 or number == settings.rounds:
-                valid = self.log(number, losses, before)
-        result = self.summarize(before, valid, self.measure("test"))
+            for name, reason in self.server.refused[refused:]:
+                bar.write(f"round {number}: the answer of user {name} was refused: {reason}", file=sys.stderr)
+            evaluated = number % settings.eval_every == 0 or number == settings.rounds
+            if evaluated:
+                valid = self.log(number, losses)
+            if self.stopping and number < settings.rounds:
+                if not evaluated:
+                    self.save(number)
+                raise KeyboardInterrupt
+        result = self.summarize(self.before, valid or self.measure("valid"), self.measure("test"))
         write_json(self.folder / "result.json", result)
         return result
+
+    def called(self, number: int) -> tuple[list[User], list[User]]:
+        """Who is called in a round, and who of them vanishes before it answers."""
+        generator = data.seeded(self.settings.seed, "called", number)
+        count = max(1, round(self.settings.participation * len(self.users)))
+        chosen = torch.randperm(len(self.users), generator=generator)[:count].sort().values.tolist()
+        called = [self.users[i] for i in chosen]
+        return called, [user for user in called if torch.rand((), generator=generator) < self.settings.drop_rate]
 
     def finite(self, user: User, loss: float) -> float:
         """That loss, if it's one. Raises Diverged."""
@@ -181,7 +218,7 @@ class Run:
             measured.append((self.finite(user, loss), gates[:, generalist].sum(1).tolist()))
         return measured
 
-    def log(self, number: int, losses: dict[User, float], before: list) -> list:
+    def log(self, number: int, losses: dict[User, float]) -> list:
         """Measure validation losses after a round, add them to metrics.jsonl, save the checkpoint, return them."""
         valid = self.measure("valid")
         lines = [{"round": number, "user": text.name, "train_loss": losses.get(user), "valid_loss": loss,
@@ -191,9 +228,14 @@ class Run:
             file.writelines(json.dumps(line) + "\n" for line in lines)
         if self.board:
             plots.show_on(self.board, lines)
-        state = checkpoint(self.settings, self.base, self.server, self.users) | {"round": number, "test_start": before}
-        write(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
+        self.save(number)
         return valid
+
+    def save(self, number: int) -> None:
+        """Write the checkpoint of a round's end."""
+        runs.save({"settings": asdict(self.settings), "base": runs.reference(self.base), "round": number,
+                   "test_start": self.before, "seconds": time.perf_counter() - self.start,
+                   **runs.checkpoint(self.server, self.users)}, self.folder)
 
     def summarize(self, before: list, valid: list, after: list) -> dict:
         """What result.json holds."""
@@ -216,6 +258,7 @@ class Run:
             "tokens_seen": sum(level.steps * level.batches.tokens_per_batch for level in levels),
             "bytes_up": sum(user.bytes_up for user in self.users),
             "bytes_down": sum(user.bytes_down for user in self.users),
+            "refused": len(self.server.refused),
             **{f"mean_{name}": sum(row[name] for row in rows) / len(rows)
                for name in ("valid_ppl", "test_ppl", "test_bpb")}, "users": rows}
 
@@ -238,54 +281,12 @@ def table(result: dict, folder: Path) -> str:
     return "\n".join(lines)
 
 
-# --- the run's folder ------------------------------------------------------------------------------------------------
-
-def open_folder(settings: Settings, start: Base) -> Path:
-    """Make the run's folder, or empty it of an old run if that is wanted, and write config.json. Raises BadInput."""
-    name = f"{settings.method}-{Path(settings.data).resolve().name}-{settings.users}users-seed{settings.seed}"
-    folder = Path(settings.out or free_name(f"out/{name}"))
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
-                "tiktoken": tiktoken.__version__}
-    config = {"settings": asdict(settings), "base": reference(start), "versions": versions,
-              "threads": torch.get_num_threads()}
-    try:
-        old = [path for path in (folder / file for file in RUN_FILES) if path.exists()]
-        if old and not settings.overwrite:
-            raise BadInput(f"--out {folder}: holds a run; take another folder, or --overwrite to start anew in it")
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in old:
-            path.unlink()
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        write_json(folder / "config.json", config)
-    except OSError as error:
-        raise BadInput(f"--out {folder}: {error.strerror}; take another folder") from None
-    return folder
-
-
-def free_name(name: str) -> str:
-    """The name, or with -2, -3, ... behind it, of a folder that isn't there yet."""
-    names = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
-    return next(name for name in names if not os.path.exists(name))
-
-
-def reference(start: Base) -> dict:
-    """What a run keeps of its base: which one it was."""
-    return {"name": start.name, "sha256": start.sha256, "tokenizer": start.tokenizer}
-
-
-def checkpoint(settings: Settings, start: Base, server: Server, users: list[User]) -> dict:
-    """The server's average, and the state of each user: its model as it is used, without what a base brings."""
-    return {"settings": asdict(settings), "base": reference(start), "generalists": server.generalists, "users": [{
-        "name": user.name, "config": asdict(user.model.config), "bytes_up": user.bytes_up,
-        "bytes_down": user.bytes_down, "parameters": user.model.own(),
-        "weights": [block.moe.weights for block in user.model.blocks],
-        "lower": user.lower.state(), "upper": user.upper and user.upper.state()} for user in users]}
-
+# --- the command ----------------------------------------------------------------------------------------------------
 
 def train(settings: Settings) -> None:
     """Raises BadInput."""
     run = Run(settings)
-    with tqdm(total=settings.rounds * settings.users, unit="user", dynamic_ncols=True) as bar:
+    with tqdm(total=settings.rounds * settings.users, unit="user", dynamic_ncols=True) as bar, stop_gently(run, bar):
         result = run.play(bar)
     print(table(result, run.folder))
     page.of_run(run.folder, run.folder / "page.html", run.title, run.texts, [user.model for user in run.learners],
@@ -304,10 +305,45 @@ def load_texts(settings: Settings, tokenizer: str) -> list[Text]:
                      text_field=settings.text_field, source=settings.source)
 
 
+@contextmanager
+def stop_gently(run: Run, bar: tqdm) -> Iterator[None]:
+    """Let the first Ctrl-C end the run after its round, with a checkpoint, and the second one at once."""
+    def stop(*_) -> None:
+        if run.stopping:
+            raise KeyboardInterrupt
+        run.stopping = True
+        bar.write("stopping at the end of this round; Ctrl-C again: at once", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"go on with: python train.py --resume --out {run.folder}") from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def settings_of(arguments: list[str] | None) -> Settings:
+    """The settings of a command line; of a run that goes on, its own. Raises BadInput."""
+    given, rest = parse_given(arguments, Settings)
+    refuse_rest(rest)
+    if not given.get("resume"):
+        return Settings(**given)
+    if "out" not in given:
+        raise BadInput("--resume: goes on with which run? give the folder with --out")
+    saved = runs.saved_settings(Path(given["out"]))
+    settings = Settings(**saved | {"overwrite": False} | given)
+    wanted = json.loads(json.dumps(asdict(settings)))
+    for name in given.keys() - {"resume", "out"}:
+        if wanted[name] != saved[name]:
+            flags(Settings)[name].refuse(given[name], f"the run in {given['out']} has {saved[name]}",
+                                         "leave it out, or start anew with --overwrite")
+    return settings
+
+
 def main(arguments: list[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="replace")  # the table's arrows, on a terminal without Unicode
-    return status_of("train.py", lambda: train(parse_settings(arguments)),
-                     "what was measured so far is in the run's folder")
+    return status_of("train.py", lambda: train(settings_of(arguments)), "nothing was trained yet")
 
 
 if __name__ == "__main__":

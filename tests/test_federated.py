@@ -1,11 +1,13 @@
 """The federation: what is averaged, what crosses, and one round worked out by hand."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from bilevel import Alternation, Level, constant
-from federated import Server, User, average, federated_round, size_of
+from federated import Server, User, average, clip, federated_round, size_of
 from model import GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig
 
 
@@ -112,7 +114,8 @@ def test_only_generalists_cross_between_user_and_server_and_their_bytes_are_coun
         private = {p.data_ptr() for p in user.model.parameters()}
         assert not private & {tensor.data_ptr() for tensor in message.values()}
         assert not any(tensor.requires_grad or tensor.grad is not None for tensor in message.values())
-    assert vars(server).keys() == {"generalists", "version"}  # and nothing else stays with the server
+    own = {"version", "refused", "bound", "noise", "generator"}
+    assert vars(server).keys() == {"generalists", *own}  # and nothing else stays with the server
     for user in users:
         for way, counted in (("up", user.bytes_up), ("down", user.bytes_down)):
             assert counted == sum(size_of(message) for w, u, message in crossed if (w, u) == (way, user)) > 0
@@ -169,3 +172,93 @@ def test_where_nothing_is_generalist_nothing_crosses():
     assert server.generalists == {}
     assert [(user.bytes_up, user.bytes_down) for user in users] == [(0, 0)] * 2
     assert set(users[0].model.roles.values()) == {SPECIALIST, ROUTER}
+
+
+# --- absent users and poisoned answers -------------------------------------------------------------------------------
+
+def average_of(users: list[User], names) -> dict:
+    return average([{name: user.model.having(GENERALIST)[name].detach() for name in names} for user in users],
+                   [1] * len(users))
+
+
+def test_the_average_is_over_those_who_answer_and_the_others_take_it_when_they_are_called_again():
+    server, users = federation()
+    for user in users:
+        server.deliver(user)
+    list(federated_round(server, users[:2], Alternation(2, 1, 1), lost=users[:1]))  # the third isn't called
+    answered = users[1].model.having(GENERALIST)
+    assert all(torch.equal(server.generalists[name], answered[name]) for name in answered)
+    assert (users[0].bytes_up, users[2].bytes_up) == (0, 0)
+    before = users[2].bytes_down
+    list(federated_round(server, users[2:], Alternation(1, 1, 1)))
+    assert users[2].bytes_down > before
+
+
+def test_a_round_without_answers_passes_and_the_generalists_stay():
+    server, users = federation()
+    before = {name: tensor.clone() for name, tensor in server.generalists.items()}
+    list(federated_round(server, users, Alternation(1, 1, 1), lost=users))
+    assert server.version == 0
+    assert all(torch.equal(server.generalists[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(("poison", "reason"), [
+    (lambda answer: answer | {"norm.weight": torch.full((8,), torch.nan)}, "norm.weight isn't finite"),
+    (lambda answer: answer | {"norm.weight": torch.full((8,), torch.inf)}, "norm.weight isn't finite"),
+    (lambda answer: answer | {"norm.weight": torch.zeros(9)}, "norm.weight has shape .9,., not .8,."),
+    (lambda answer: answer | {"norm.weight": torch.zeros(8).double()}, "norm.weight isn't torch.float32"),
+    (lambda answer: answer | {"norm.weight": [0.0] * 8}, "norm.weight isn't torch.float32"),
+    (lambda answer: answer | {"other": torch.zeros(1)}, "not the tensors that are wanted"),
+    (lambda answer: {}, "not the tensors that are wanted"),
+    (lambda answer: None, "not the tensors that are wanted"),
+])
+def test_a_poisoned_answer_is_refused_and_named_and_the_round_goes_on(poison, reason):
+    server, users = federation()
+    sound, answer = users[:2], users[2].answer
+    users[2].answer = lambda: poison(answer())
+    list(federated_round(server, users, Alternation(1, 1, 1)))
+    (name, why), = server.refused
+    assert name == "user2"
+    assert re.search(reason, why)
+    names = [name for name in users[0].shared if name in server.generalists]
+    expected = average_of(sound, names)
+    assert all(torch.equal(server.generalists[name], expected[name]) for name in names)
+
+
+def test_a_clipped_update_has_the_bounds_norm_and_its_direction_and_a_short_one_stays():
+    held = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[3.0]])}
+    answer = {"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([[7.0]])}  # an update of (0, 3, 4), of norm 5
+    clipped = clip(answer, held, 2.5)
+    assert torch.allclose(clipped["a"], torch.tensor([1.0, 3.5]))
+    assert torch.allclose(clipped["b"], torch.tensor([[5.0]]))
+    assert all(torch.equal(clip(answer, held, 5.1)[name], answer[name]) for name in answer)
+
+
+def test_a_million_times_the_update_moves_the_average_by_no_more_than_the_bound():
+    server, users = federation()
+    server.bound = 0.5
+    answer = users[0].answer
+
+    def boosted():
+        return {name: server.generalists[name] + 1e6 * (tensor - server.generalists[name])
+                for name, tensor in answer().items()}
+    users[0].answer = boosted
+    before = {name: tensor.clone() for name, tensor in server.generalists.items()}
+    list(federated_round(server, users, Alternation(1, 1, 1)))
+    moved = sum((server.generalists[name] - before[name]).square().sum() for name in before).sqrt()
+    assert 0 < moved <= 0.5 + 1e-4
+
+
+def test_noise_has_the_spread_that_it_should():
+    """z = 2, C = 3, two answers: a standard deviation of 3."""
+    model = GPT(GPTConfig(500, 4, 1, 1, 32, specialists=0), torch.Generator().manual_seed(0))
+    plain, noisy = (Server(model.having(GENERALIST), 3.0, z, torch.Generator().manual_seed(1)) for z in (0, 2.0))
+    users = [gpt_user(name, 0, 0) for name in "ab"]
+    message = {name: tensor.clone() for name, tensor in plain.generalists.items()}
+    for server in (plain, noisy):
+        for user in users:
+            user.model = model
+        server.combine([(user, message) for user in users])
+    difference = torch.cat([(noisy.generalists[name] - plain.generalists[name]).flatten() for name in message])
+    assert difference.std().item() == pytest.approx(3, rel=0.03)
+    assert abs(difference.mean().item()) < 0.1

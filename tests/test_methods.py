@@ -382,7 +382,7 @@ def test_whatever_the_method_only_generalists_cross_and_all_their_bytes_are_coun
         private = {p.data_ptr() for p in user.model.parameters()}
         assert not private & {tensor.data_ptr() for tensor in message.values() if tensor.numel()}
         assert not any(tensor.requires_grad or tensor.grad is not None for tensor in message.values())
-    assert vars(server).keys() == {"generalists", "version"}
+    assert vars(server).keys() == {"generalists", "version", "refused", "bound", "noise", "generator"}
     for user in users:
         for way, counted in (("up", user.bytes_up), ("down", user.bytes_down)):
             assert counted == sum(size_of(message) for who, message in crossed[way] if who is user)

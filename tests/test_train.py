@@ -13,6 +13,7 @@ from tqdm import tqdm
 import base
 import data
 import pretrain
+import runs
 import train
 from data import RandomWindows
 from files import write
@@ -48,7 +49,7 @@ def same(one, two) -> bool:
 
 def test_a_run_writes_what_it_promises(corpus, tmp_path, capsys):
     result = run(corpus, tmp_path / "run")
-    assert {path.name for path in (tmp_path / "run").iterdir()} == set(train.RUN_FILES) - {
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {*runs.RUN_FILES, "lock"} - {
         "curves.png", "curves.svg"}
     assert (result["method"], result["seed"], result["rounds"]) == ("comigs", 0, 3)
     assert result["tokens_seen"] == 3 * (6 + 3) * 2 * 8  # users × (expert + router steps) × windows × tokens
@@ -78,12 +79,12 @@ def test_a_run_writes_what_it_promises(corpus, tmp_path, capsys):
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(corpus, tmp_path):
-    runs = [run(corpus, tmp_path / name, "--seed", seed) for name, seed in (("a", "0"), ("b", "0"), ("c", "1"))]
+    results = [run(corpus, tmp_path / name, "--seed", seed) for name, seed in (("a", "0"), ("b", "0"), ("c", "1"))]
     one, two, other = (state(tmp_path / name) for name in "abc")
-    one["settings"]["out"] = two["settings"]["out"]
+    one["settings"]["out"], one["seconds"] = two["settings"]["out"], two["seconds"]
     assert same(one, two)
-    assert not same(one["generalists"], other["generalists"])
-    assert runs[0]["users"] == runs[1]["users"]
+    assert not same(one["server"]["generalists"], other["server"]["generalists"])
+    assert results[0]["users"] == results[1]["users"]
 
 
 def test_one_more_user_doesnt_change_another_ones_batches(corpus, tmp_path, monkeypatch):
@@ -190,7 +191,7 @@ def test_reported_perplexities_are_those_of_the_test_text(corpus, tmp_path):
     for user, text, own, reported in zip(users, texts, saved["users"], result["users"], strict=True):
         server.deliver(user)
         assert reported["test_ppl_start"] == pytest.approx(perplexity(user.model, text.test), rel=1e-4)
-        assert all(torch.equal(saved["generalists"][name], own["parameters"][name]) for name in user.shared)
+        assert all(torch.equal(saved["server"]["generalists"][name], own["parameters"][name]) for name in user.shared)
         user.model.load_state_dict(own["parameters"])
         assert reported["test_ppl"] == pytest.approx(perplexity(user.model, text.test), rel=1e-4)
         assert reported["trigram_ppl"] == math.exp(data.trigram_loss(text.train, text.test, 257))
@@ -219,18 +220,18 @@ def test_a_checkpoint_holds_each_users_model_and_the_average(corpus, tmp_path):
     saved = state(tmp_path / "run")
     assert saved["round"] == 3
     for user, specialists in zip(saved["users"], (0, 1, 3), strict=True):
-        assert user["parameters"].keys() >= saved["generalists"].keys() - {
-            name for name in saved["generalists"] if "experts" in name}
-        assert len(user["parameters"].keys() - saved["generalists"].keys()) == 4 * specialists + 1
+        assert user["parameters"].keys() >= saved["server"]["generalists"].keys() - {
+            name for name in saved["server"]["generalists"] if "experts" in name}
+        assert len(user["parameters"].keys() - saved["server"]["generalists"].keys()) == 4 * specialists + 1
 
 
 def test_gpt2_tokens_and_a_mixed_target_run_too(corpus, tmp_path, monkeypatch):
     """With a table made here in the place of tiktoken's, of tokens up to two bytes long."""
     pairs = [bytes([a, b]) for a in b"0123456789" for b in b"0123456789"]
     ranks = {token: i for i, token in enumerate([bytes([b]) for b in range(256)] + pairs)}
-    made = train.tiktoken.Encoding("gpt2", pat_str=r"\d+|\s+|[^\s\d]+", mergeable_ranks=ranks,
+    made = data.tiktoken.Encoding("gpt2", pat_str=r"\d+|\s+|[^\s\d]+", mergeable_ranks=ranks,
                                    special_tokens={"<|endoftext|>": len(ranks)})
-    monkeypatch.setattr(train.tiktoken, "get_encoding", {"gpt2": made}.get)
+    monkeypatch.setattr(data.tiktoken, "get_encoding", {"gpt2": made}.get)
     result = run(corpus, tmp_path / "run", "--tokenizer", "gpt2", "--target", "mixed", "--average", "tokens")
     for user in result["users"]:
         assert user["train_tokens"] < 0.8 * user["train_bytes"]
