@@ -6,6 +6,7 @@
 import argparse
 import importlib.util
 import math
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -84,14 +85,14 @@ SCRATCH = dict(n_layer=3, n_head=4, n_embd=128)  # the shape, where no base deci
 class Training:
     """What training any model needs. Raises BadInput."""
 
-    batch_size: int = setting(8, "windows in a batch", int, low=1)
-    block_size: int = setting(64, "tokens in a window", int, low=1)
+    batch_size: int = setting(8, "windows in a batch", int, low=1, high=1_000_000)
+    block_size: int = setting(64, "tokens in a window", int, low=1, high=1_000_000)
     lr: float = setting(6e-3, "learning rate at its highest, of the experts", float, above=0)
     warmup: int = setting(100, "steps up to the highest learning rate, at most a fifth of all", int, low=0)
     weight_decay: float = setting(0.1, "of AdamW; routers with a level of their own have none", float, low=0)
-    n_layer: int | None = setting(None, "layers; default: 3, or the base's", int, low=1)
+    n_layer: int | None = setting(None, "layers; default: 3, or the base's", int, low=1, high=1000)
     n_head: int | None = setting(None, "attention heads; default: 4, or the base's, or of 64 channels each", int, low=1)
-    n_embd: int | None = setting(None, "channels; default: 128, or the base's", int, low=1)
+    n_embd: int | None = setting(None, "channels; default: 128, or the base's", int, low=1, high=1_000_000)
     seed: int = setting(0, "of everything random", int, low=0)
     device: str = setting("cpu", "cpu, cuda (in bfloat16), cuda:1, mps, ...")
     compile: bool = setting(False, "compile the models with torch.compile", bool)
@@ -116,8 +117,8 @@ class Settings(Training):
     """One run. Values that are given once for all users are repeated for each. Raises BadInput."""
 
     users: int = setting(4, "number of users", int, low=1, high=100_000)
-    specialists: tuple[int, ...] = setting((1,), "specialist experts per layer", int, low=0, many=True)
-    generalists: int = setting(1, "generalist experts per layer", int, low=0)
+    specialists: tuple[int, ...] = setting((1,), "specialist experts per layer", int, low=0, high=1000, many=True)
+    generalists: int = setting(1, "generalist experts per layer", int, low=0, high=1000)
     top_k: int = setting(2, "experts per token; a user with fewer uses all it has; with 1 the router can't learn", int,
                          low=1)
     method: str = setting("comigs", "a row of methods.py", choices=tuple(METHODS))
@@ -139,7 +140,7 @@ class Settings(Training):
     expert: str = setting("mlp", "mlp: feed-forward blocks; lora: low-rank changes of the base's, which is frozen",
                           choices=tuple(EXPERTS))
     lora_rank: tuple[int, ...] = setting((8,), "rank of the changes; most methods that average them need one for all",
-                                         int, low=1, many=True)
+                                         int, low=1, high=10_000, many=True)
     init_from: str = setting("scratch", f"where weights start: scratch, {', '.join(base.NAMES)}, or a file such as "
                                         "pretrain.py writes")
     tokenizer: str | None = setting(None, "what a token is; default: bytes, or the base's", choices=("bytes", "gpt2"))
@@ -233,6 +234,12 @@ def status_of(command: str, work: Callable[[], object], if_stopped: str) -> int:
     """Do the work of a command. Returns its exit status: 0, 2 after bad input, 130 where the user stopped it."""
     try:
         work()
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("alloc|memory|Storage size", str(error)):
+            raise
+        print(f"{command}: there isn't enough memory for this; take a smaller --n-embd, --batch-size, --users, ...",
+              file=sys.stderr)
+        return 2
     except BadInput as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2

@@ -175,11 +175,12 @@ class Run:
             losses, refused = {}, len(self.server.refused)
             for user, loss in federated_round(self.server, called, plan, lost):
                 losses[user] = self.finite(user, loss)
-                bar.update(settings.users / len(called))
+                bar.update()
                 bar.set_description(f"{settings.method}, round {number}/{settings.rounds}, {user.name}, "
                                     f"loss {loss:.2f}")
             for name, reason in self.server.refused[refused:]:
                 bar.write(f"round {number}: the answer of user {name} was refused: {reason}", file=sys.stderr)
+            bar.update(settings.users - len(called))  # who weren't called
             evaluated = number % settings.eval_every == 0 or number == settings.rounds
             if evaluated:
                 valid = self.log(number, losses)
