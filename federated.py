@@ -137,8 +137,8 @@ class Server:
             user.receive(self.cut(user.shared))
             user.version = self.version
 
-    def combine(self, answers: list[tuple[User, Message]]) -> None:
-        """θ^G ← mean of θ_i^G, over the answers that are sound; if there is none, it stays."""
+    def sound(self, answers: list[tuple[User, Message]]) -> tuple[list[Message], list[float]]:
+        """The answers that can be averaged, within the bound, and their weights."""
         sound, weights = [], []
         for user, answer in answers:
             if reason := fault(answer, user.shared, self.generalists):
@@ -146,11 +146,21 @@ class Server:
             else:
                 sound.append(clip(answer, self.generalists, self.bound) if self.bound else answer)
                 weights.append(user.weight)
+        return sound, weights
+
+    def combine(self, answers: list[tuple[User, Message]]) -> None:
+        """θ^G ← mean of θ_i^G, over the answers that are sound; if there is none, it stays."""
+        sound, weights = self.sound(answers)
         if sound:
             self.generalists |= self.merge(sound, weights)
+        self.finish(len(sound))
+
+    def finish(self, number: int) -> None:
+        """What follows an average of so many answers."""
+        if number:
             self.version += 1
             if self.bound and self.noise:
-                self.blur(self.noise * self.bound / len(sound))
+                self.blur(self.noise * self.bound / number)
 
     def blur(self, spread: float) -> None:
         """θ^G ← θ^G + N(0, spread²)."""

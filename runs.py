@@ -90,21 +90,20 @@ def lengths(texts: list[Text]) -> list[list]:
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
-def checkpoint(server: Server, users: list[User]) -> dict:
-    """The server's average, and the state of each user: its model as it is, without what a base brings."""
-    return {
-        "server": server.state(), "users": [{
-            "name": user.name, "config": asdict(user.model.config), "version": user.version,
-            "bytes_up": user.bytes_up, "bytes_down": user.bytes_down, "parameters": user.model.own(),
-            "gradients": {name: p.grad for name, p in user.model.own().items() if p.grad is not None},
-            "weights": [block.moe.weights for block in user.model.blocks],
-            "lower": user.lower.state(), "upper": user.upper and user.upper.state()} for user in users]}
+def states(users: list[User]) -> list[dict]:
+    """All that users' next steps depend on: their models as they are, without what a base brings, and their levels."""
+    return [{
+        "name": user.name, "config": asdict(user.model.config), "version": user.version, "bytes_up": user.bytes_up,
+        "bytes_down": user.bytes_down, "parameters": {name: p.data for name, p in user.model.own().items()},
+        "gradients": {name: p.grad for name, p in user.model.own().items() if p.grad is not None},
+        "weights": [block.moe.weights for block in user.model.blocks],
+        "lower": user.lower.state(), "upper": user.upper and user.upper.state()} for user in users]
 
 
-def restore(state: dict, server: Server, users: list[User]) -> None:
+def restore(server_state: dict, user_states: list[dict], server: Server, users: list[User]) -> None:
     """Give server and users the state of a checkpoint."""
-    server.load(state["server"])
-    for user, saved in zip(users, state["users"], strict=True):
+    server.load(server_state)
+    for user, saved in zip(users, user_states, strict=True):
         user.version, user.bytes_up, user.bytes_down = (saved[name] for name in ("version", "bytes_up", "bytes_down"))
         for name, parameter in user.model.own().items():
             parameter.data = saved["parameters"][name].data  # whose rank a method may have cut

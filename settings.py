@@ -6,6 +6,7 @@
 import argparse
 import importlib.util
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -169,6 +170,11 @@ class Settings(Training):
 
     def __post_init__(self):
         super().__post_init__()
+        together = int(os.environ.get("WORLD_SIZE", 1))
+        alone = METHODS[self.method].pooled or METHODS[self.method].server is not Server
+        if together > self.users or (together > 1 and alone):
+            raise BadInput(f"--method {self.method} --users {self.users}: not for {together} processes; take one, or "
+                           "another method and more users")
         if self.resume and self.overwrite:
             raise BadInput("--resume: can't be along with --overwrite; take one of them")
         if self.dp_noise and not self.clip_update:
@@ -241,7 +247,8 @@ def status_of(command: str, work: Callable[[], object], if_stopped: str) -> int:
               file=sys.stderr)
         return 2
     except BadInput as error:
-        print(f"{command}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # else rank 0 says it
+            print(f"{command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"{command}: stopped; {stop.args[0] if stop.args else if_stopped}", file=sys.stderr)

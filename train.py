@@ -26,6 +26,7 @@ import base
 import data
 import page
 import plots
+import ranks
 import runs
 from base import Base
 from bilevel import Alternation, constant, cosine, evaluate
@@ -105,15 +106,17 @@ def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> 
 
 
 def build(settings: Settings, start: Base, texts: list[Text]) -> tuple[Server, list[User]]:
-    """The server, and the users: one for each text, or a single one for all if the method pools them."""
+    """The server, and this process's users: one for each text, or a single one for all if the method pools them."""
     method = METHODS[settings.method]
     largest = max(settings.specialists), max(settings.lora_rank)
     common = build_model(settings, start, *largest, "server")
-    server = method.server(common.having(GENERALIST), bound=settings.clip_update, noise=settings.dp_noise,
+    kind = method.server if ranks.count() == 1 else ranks.Together
+    server = kind(common.having(GENERALIST), bound=settings.clip_update, noise=settings.dp_noise,
                            generator=data.seeded(settings.seed, "noise"))
     if method.pooled:
         return server, [build_user(settings, "everyone", build_model(settings, start, *largest, "everyone"), texts)]
-    sizes = zip(settings.specialists, settings.lora_rank, strict=True)
+    sizes = ranks.own(list(zip(settings.specialists, settings.lora_rank, strict=True)))
+    texts = ranks.own(texts)
     models = [build_model(settings, start, *size, text.name) for text, size in zip(texts, sizes, strict=True)]
     frozen = common.having(BACKBONE)
     for model in models:  # what is frozen is the same for all, if it isn't pretrained either
@@ -133,12 +136,14 @@ class Run:
         self.texts = load_texts(settings, self.base.tokenizer)
         self.server, self.users = build(settings, self.base, self.texts)
         pooled = METHODS[settings.method].pooled
+        self.own_texts = ranks.own(self.texts)
         self.learners = self.users * len(self.texts) if pooled else self.users  # whose model a text is tested on
-        self.folder, self.lock = runs.open_folder(settings, self.base, self.texts)
+        opened = runs.open_folder(settings, self.base, self.texts) if ranks.rank() == 0 else (None, None)
+        self.folder, self.lock = ranks.gathered([opened[0]])[0], opened[1]
         self.done, self.before, self.stopping = 0, None, False  # rounds, test losses at the start, asked to stop
         if settings.resume:
             self.go_on()
-        self.board = plots.board(self.folder) if settings.tensorboard else None
+        self.board = plots.board(self.folder) if settings.tensorboard and ranks.rank() == 0 else None
 
     @property
     def title(self) -> str:
@@ -155,10 +160,11 @@ class Run:
         if (self.folder / "result.json").exists():
             raise BadInput(f"--resume: the run in {self.folder} is through; --overwrite starts anew")
         if state := runs.newest(self.folder, self.settings.device):
-            runs.restore(state, self.server, self.users)
+            runs.restore(state["server"], ranks.own(state["users"]), self.server, self.users)
             self.done, self.before = state["round"], state["test_start"]
             self.start -= state["seconds"]
-        runs.forget_later(self.folder, self.done if state else -1)
+        if ranks.rank() == 0:
+            runs.forget_later(self.folder, self.done if state else -1)
 
     def play(self, bar: tqdm) -> dict:
         """Returns what result.json holds. Moves the bar by `users` in each round. Raises KeyboardInterrupt behind a
@@ -184,21 +190,24 @@ class Run:
             evaluated = number % settings.eval_every == 0 or number == settings.rounds
             if evaluated:
                 valid = self.log(number, losses)
-            if self.stopping and number < settings.rounds:
+            if any(ranks.gathered([self.stopping])) and number < settings.rounds:
                 if not evaluated:
                     self.save(number)
                 raise KeyboardInterrupt
         result = self.summarize(self.before, valid or self.measure("valid"), self.measure("test"))
-        write_json(self.folder / "result.json", result)
+        if ranks.rank() == 0:
+            write_json(self.folder / "result.json", result)
         return result
 
     def called(self, number: int) -> tuple[list[User], list[User]]:
-        """Who is called in a round, and who of them vanishes before it answers."""
+        """Who is called in a round, and who of them vanishes before it answers; of this process's users."""
         generator = data.seeded(self.settings.seed, "called", number)
-        count = max(1, round(self.settings.participation * len(self.users)))
-        chosen = torch.randperm(len(self.users), generator=generator)[:count].sort().values.tolist()
-        called = [self.users[i] for i in chosen]
-        return called, [user for user in called if torch.rand((), generator=generator) < self.settings.drop_rate]
+        total = 1 if METHODS[self.settings.method].pooled else self.settings.users
+        count = max(1, round(self.settings.participation * total))
+        chosen = set(torch.randperm(total, generator=generator)[:count].tolist())
+        luck = torch.rand(total, generator=generator).tolist()
+        mine = [(user, i) for user, i in zip(self.users, ranks.own(list(range(total))), strict=True) if i in chosen]
+        return [user for user, _ in mine], [user for user, i in mine if luck[i] < self.settings.drop_rate]
 
     def finite(self, user: User, loss: float) -> float:
         """That loss, if it's one. Raises Diverged."""
@@ -210,23 +219,25 @@ class Run:
     def measure(self, split: str) -> list[tuple[float, list[float]]]:
         """Of each text: the loss in nats on all of that split, and the generalists' mean gate in each layer."""
         T, measured = self.settings.block_size, []
-        for user, text in zip(self.learners, self.texts, strict=True):
+        for user, text in zip(self.learners, self.own_texts, strict=True):
             self.server.deliver(user)
             user.settle()
             windows = data.ordered_windows(getattr(text, split), max(1, 1024 // T), T, self.settings.device)
             loss, gates = evaluate(user.model, windows)  # gates: (L, E)
             generalist = [role == GENERALIST for role in user.model.config.expert_roles]
             measured.append((self.finite(user, loss), gates[:, generalist].sum(1).tolist()))
-        return measured
+        return ranks.gathered(measured)
 
     def log(self, number: int, losses: dict[User, float]) -> list:
         """Measure validation losses after a round, add them to metrics.jsonl, save the checkpoint, return them."""
         valid = self.measure("valid")
-        lines = [{"round": number, "user": text.name, "train_loss": losses.get(user), "valid_loss": loss,
-                  "generalist_share": share, "bytes_up": user.bytes_up, "bytes_down": user.bytes_down}
-                 for text, user, (loss, share) in zip(self.texts, self.learners, valid, strict=True)]
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        lines = ranks.gathered([{
+            "round": number, "user": text.name, "train_loss": losses.get(user), "valid_loss": loss,
+            "generalist_share": share, "bytes_up": user.bytes_up, "bytes_down": user.bytes_down}
+            for text, user, (loss, share) in zip(self.own_texts, self.learners, ranks.own(valid), strict=True)])
+        if ranks.rank() == 0:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
         if self.board:
             plots.show_on(self.board, lines)
         self.save(number)
@@ -234,15 +245,17 @@ class Run:
 
     def save(self, number: int) -> None:
         """Write the checkpoint of a round's end."""
-        runs.save({"settings": asdict(self.settings), "base": runs.reference(self.base), "round": number,
-                   "test_start": self.before, "seconds": time.perf_counter() - self.start,
-                   **runs.checkpoint(self.server, self.users)}, self.folder)
+        users = ranks.gathered(runs.states(self.users))
+        if ranks.rank() == 0:
+            runs.save({"settings": asdict(self.settings), "base": runs.reference(self.base), "round": number,
+                       "test_start": self.before, "seconds": time.perf_counter() - self.start,
+                       "server": self.server.state(), "users": users}, self.folder)
 
     def summarize(self, before: list, valid: list, after: list) -> dict:
         """What result.json holds."""
         rows = []
-        for text, user, (start, _), (valid_loss, _), (loss, share) in zip(self.texts, self.learners, before, valid,
-                                                                          after, strict=True):
+        for text, user, (start, _), (valid_loss, _), (loss, share) in zip(
+                self.own_texts, self.learners, *map(ranks.own, (before, valid, after)), strict=True):
             config = user.model.config
             rows.append({
                 "name": text.name, "generalists": config.generalists, "specialists": config.specialists,
@@ -252,14 +265,16 @@ class Run:
                 "test_bpb": loss * (len(text.test) - 1) / math.log(2) / text.test_bytes,
                 "trigram_ppl": math.exp(data.trigram_loss(text.train, text.test, config.vocab_size)),
                 "generalist_share": share})
+        rows = ranks.gathered(rows)
         levels = [level for user in self.users for level in (user.lower, user.upper) if level]
+        totals = ranks.gathered([{
+            "tokens_seen": sum(level.steps * level.batches.tokens_per_batch for level in levels),
+            "bytes_up": sum(user.bytes_up for user in self.users),
+            "bytes_down": sum(user.bytes_down for user in self.users), "refused": len(self.server.refused)}])
         return {
             "method": self.settings.method, "seed": self.settings.seed,
             "seconds": round(time.perf_counter() - self.start, 1), "rounds": self.settings.rounds,
-            "tokens_seen": sum(level.steps * level.batches.tokens_per_batch for level in levels),
-            "bytes_up": sum(user.bytes_up for user in self.users),
-            "bytes_down": sum(user.bytes_down for user in self.users),
-            "refused": len(self.server.refused),
+            **{name: sum(each[name] for each in totals) for name in totals[0]},
             **{f"mean_{name}": sum(row[name] for row in rows) / len(rows)
                for name in ("valid_ppl", "test_ppl", "test_bpb")}, "users": rows}
 
@@ -286,17 +301,25 @@ def table(result: dict, folder: Path) -> str:
 
 def train(settings: Settings) -> None:
     """Raises BadInput."""
+    settings = replace(settings, device=ranks.join(settings.device))
+    first = ranks.rank() == 0
     run = Run(settings)
-    with tqdm(total=settings.rounds * settings.users, unit="user", dynamic_ncols=True) as bar, stop_gently(run, bar):
+    total = settings.rounds * settings.users
+    with tqdm(total=total, unit="user", dynamic_ncols=True, disable=not first) as bar, stop_gently(run, bar):
         result = run.play(bar)
+    if not first:
+        return
     print(table(result, run.folder))
-    page.of_run(run.folder, run.folder / "page.html", run.title, run.texts, [user.model for user in run.learners],
-                data.tokenizer(run.base.tokenizer))
     if settings.plot:
         plots.plot(page.read_lines(run.folder / "metrics.jsonl"), run.folder / "curves")
     if run.board:
         run.board.close()
-    print(f"what it learned: {run.folder / 'page.html'}")
+    if ranks.count() == 1:
+        page.of_run(run.folder, run.folder / "page.html", run.title, run.texts, [user.model for user in run.learners],
+                    data.tokenizer(run.base.tokenizer))
+        print(f"what it learned: {run.folder / 'page.html'}")
+    else:  # the other users' models are elsewhere
+        print(f"what it learned: python sample.py --run {run.folder} --html {run.folder / 'page.html'}")
 
 
 def load_texts(settings: Settings, tokenizer: str) -> list[Text]:
