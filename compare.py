@@ -3,8 +3,8 @@
     python compare.py --methods local,fedavg,comigs --seeds 3 [any flag of train.py]
     python compare.py --methods local,fedavg,comigs --rates 2e-3,6e-3,2e-2 --plot
 
-A run that is already in the folder, with the same settings, isn't run again; so this can be stopped and started again.
-(With a new base in the old file, give a new --out.)
+A run that is already in the folder, with the same settings, isn't run again, and one that was cut off goes on; so this
+can be stopped and started again. (With a new base in the old file, give a new --out.)
 """
 
 import json
@@ -53,7 +53,7 @@ Rows = dict[str, Settings]  # by label
 
 
 def finished(settings: Settings, bar: tqdm) -> Path:
-    """The folder of a run, once it is through: as it is if it ended there, else by running it (again)."""
+    """The folder of a run, once it is through: as it is if it ended there, else by beginning it or going on with it."""
     folder = Path(settings.out)
     config = folder / "config.json"
     wanted = json.loads(json.dumps(asdict(settings)))
@@ -61,7 +61,7 @@ def finished(settings: Settings, bar: tqdm) -> Path:
         if (folder / "result.json").exists():
             bar.update(settings.rounds * settings.users)
             return folder
-        settings = replace(settings, overwrite=True)
+        settings = replace(settings, overwrite=False, resume=True)
     Run(settings).play(bar)
     return folder
 

@@ -155,7 +155,7 @@ def test_ctrl_c_ends_after_a_checkpoint_and_says_how_to_go_on(flags, tmp_path, m
 
 def test_a_run_that_is_killed_for_real_goes_on(flags, tmp_path):
     """kill -9, once it has written its second checkpoint."""
-    arguments = flags("comigs", "--rounds", "60")
+    arguments = flags("comigs", "--rounds", "30")
     assert train.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
     process = subprocess.Popen([sys.executable, train.__file__, *arguments, "--out", str(tmp_path / "cut")],
                                env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
