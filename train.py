@@ -160,9 +160,13 @@ class Run:
         if (self.folder / "result.json").exists():
             raise BadInput(f"--resume: the run in {self.folder} is through; --overwrite starts anew")
         if state := runs.newest(self.folder, self.settings.device):
-            runs.restore(state["server"], ranks.own(state["users"]), self.server, self.users)
-            self.done, self.before = state["round"], state["test_start"]
-            self.start -= state["seconds"]
+            try:
+                runs.restore(state["server"], ranks.own(state["users"]), self.server, self.users)
+                self.done, self.before = state["round"], state["test_start"]
+                self.start -= state["seconds"]
+            except (KeyError, ValueError):
+                raise BadInput(f"--resume: the checkpoint in {self.folder} is of another version; start anew with "
+                               "--overwrite") from None
         if ranks.rank() == 0:
             runs.forget_later(self.folder, self.done if state else -1)
 

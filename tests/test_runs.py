@@ -199,6 +199,15 @@ def test_resuming_nothing_or_what_is_through_or_has_other_text_is_one_line(flags
     assert "--data: isn't any more what the run" in refusal("--resume", "--out", str(tmp_path / "run"))
 
 
+def test_a_checkpoint_of_another_version_is_one_line(flags, tmp_path, monkeypatch, capsys):
+    cut_off(monkeypatch, [*flags(), "--out", str(tmp_path / "cut")], federated.User, "learn", 5)
+    state = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)
+    del state["users"][1]["gradients"]
+    torch.save(state, tmp_path / "cut" / "checkpoint.pt")
+    assert train.main(["--resume", "--out", str(tmp_path / "cut")]) == 2
+    assert "is of another version; start anew with --overwrite" in capsys.readouterr().err
+
+
 def test_a_folder_in_which_another_process_works_is_refused(flags, tmp_path):
     code = f"""
 import sys, time
