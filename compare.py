@@ -210,6 +210,8 @@ def split(arguments: list[str] | None, kind: type[Comparison]) -> tuple[Comparis
     """A command line's flags of a comparison, and those of its runs. Raises BadInput."""
     comparison, rest = parse_known(arguments, kind)
     for flag in rest:
+        if flag == "--resume":
+            raise BadInput("--resume: a comparison always goes on where it was; leave it out")
         if flag.partition("=")[0] == "--method":
             raise BadInput(f"{flag}: the rows are different methods; leave it out, or give compare.py --methods")
     return comparison, rest

@@ -16,6 +16,7 @@ from bilevel import Alternation, Batch, Level, alternate
 from model import GENERALIST, GPT
 
 Message = dict[str, Tensor]  # generalist tensors by name
+LARGEST = 1e30  # a number that an answer may hold, so that sums stay finite
 
 
 def size_of(message: Message) -> int:
@@ -88,8 +89,8 @@ def fault(answer: Message, wanted: dict[str, torch.Size], held: Message) -> str 
             return f"{name} isn't {held[name].dtype}"
         if tensor.shape != wanted[name]:
             return f"{name} has shape {tuple(tensor.shape)}, not {tuple(wanted[name])}"
-        if not tensor.isfinite().all():
-            return f"{name} isn't finite"
+        if not (tensor.abs() < LARGEST).all():
+            return f"{name} isn't finite, or beyond {LARGEST:.0e}"
     return None
 
 
@@ -179,6 +180,7 @@ def federated_round(server: Server, called: list[User], plan: Alternation,
     for user in called:
         server.deliver(user)  # 1. θ_i^G ← θ^G
         loss = user.learn(plan)  # 2. both levels, on the device
+        user.version = -1  # what it holds now is θ_i^G, its own
         if user not in lost:
             answers.append((user, user.answer()))  # 3. only θ_i^G leaves it
         yield user, loss

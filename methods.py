@@ -160,7 +160,13 @@ class HetLoRA(Server):
     account, as in its paper."""
 
     def merge(self, answers: list[Message], weights: list[float]) -> Message:
-        return hetlora_average(answers, weights)
+        """Ranks that nobody who answered has stay as they are."""
+        merged = {}
+        for name, mean in hetlora_average(answers, weights).items():
+            held = self.generalists[name]
+            merged[name] = fit(held, torch.Size(map(max, held.shape, mean.shape))).clone()
+            merged[name][:mean.shape[0], :mean.shape[1]] = mean
+        return merged
 
     def cut(self, shapes: dict[str, torch.Size]) -> Message:
         return {name: fit(self.generalists[name], shape) for name, shape in shapes.items()}

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 train.py --users 4 --specialists 1,2,4,8
 
-User i belongs to rank i mod n. What else passes between processes is what a simulation writes to its folder: figures,
-and the users' states for the checkpoint, which rank 0 writes.
+User i belongs to rank i mod n. What else passes between processes is whether to stop, and what a simulation writes to
+its folder: figures, and the users' states for the checkpoint, which rank 0 writes.
 """
 
 import os
@@ -14,16 +14,15 @@ import torch.distributed as dist
 
 from federated import Message, Server, User
 
-PATIENCE = timedelta(seconds=60)  # with a process that doesn't answer
+PATIENCE = timedelta(days=1)  # with a process that is slower; one that has died is noticed at once
 
 
-def join(device: str) -> str:
-    """Meet the other processes, if there are any. Returns this one's device."""
-    if "RANK" not in os.environ:
-        return device
-    if not dist.is_initialized():
+def join(device: str) -> None:
+    """Meet the other processes, if there are any, each on a GPU of its own where there are some."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
 
 
 def rank() -> int:
@@ -60,8 +59,8 @@ class Together(Server):
             for name, tensor in answer.items():
                 sums[name] += weight * tensor
                 totals[name] += weight
-        flat = torch.cat([tensor.flatten() for tensor in sums.values()])
-        flat = torch.cat([flat, flat.new_tensor([*totals.values(), len(sound)])])
+        last = torch.tensor([*totals.values(), len(sound)]).to(next(iter(sums.values()), torch.empty(0)))
+        flat = torch.cat([*(tensor.flatten() for tensor in sums.values()), last])
         dist.all_reduce(flat)
         *parts, totals, number = flat.split([*(tensor.numel() for tensor in sums.values()), len(sums), 1])
         for (name, tensor), part, total in zip(sums.items(), parts, totals.tolist(), strict=True):

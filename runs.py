@@ -126,14 +126,20 @@ def save(state: dict, folder: Path) -> None:
     write(folder / "checkpoint.pt", to_disk)
 
 
-def newest(folder: Path, device: str = "cpu") -> dict | None:
-    """The newest checkpoint that is whole; None if there is none yet. Raises BadInput where all are damaged."""
+def newest(folder: Path, device: str = "cpu", clean: bool = False) -> dict | None:
+    """The newest checkpoint that is whole; None if there is none yet. Raises BadInput where all are damaged.
+
+    clean: delete a damaged one, so that it never takes the place of one that is whole.
+    """
     paths = [path for path in (folder / "checkpoint.pt", folder / "previous.pt") if path.exists()]
-    for path in paths:
+    for number, path in enumerate(paths):
         try:
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is None:
-                    return torch.load(path, map_location=device, weights_only=True)
+                    state = torch.load(path, map_location=device, weights_only=True)
+                    for damaged in paths[:number] if clean else ():
+                        damaged.unlink()
+                    return state
         except Exception:  # a damaged file can fail in any way
             pass
         print(f"{path} is damaged; trying the one before it", file=sys.stderr)
@@ -143,9 +149,9 @@ def newest(folder: Path, device: str = "cpu") -> dict | None:
 
 
 def forget_later(folder: Path, number: int) -> None:
-    """Take from metrics.jsonl what came after a round, or is only half there."""
+    """Take from metrics.jsonl what came after a round, or is only half there. Raises OSError, ValueError."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if number >= 0 else []
     write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["round"] <= number))
 
 

@@ -20,7 +20,7 @@ from corpora import BUILTIN, PUBLIC, TABLES, BadInput
 from data import BUILTIN_TRAIN_KB
 from federated import Server
 from methods import METHODS
-from model import EXPERTS
+from model import EXPERTS, GENERALIST, SPECIALIST
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,10 @@ class Settings(Training):
         if self.clip_update and METHODS[self.method].server is not Server:
             flags(Settings)["clip_update"].refuse(self.clip_update, f"--method {self.method} doesn't average updates",
                                                   "leave it out")
+        alike = METHODS[self.method].roles.get(SPECIALIST) != GENERALIST or len(set(self.specialists)) == 1
+        if self.dp_noise and not alike:
+            flags(Settings)["dp_noise"].refuse(self.dp_noise, f"{self.method} averages experts that not all users have",
+                                               "give one number of --specialists for all")
         if self.dp_noise and self.average != "uniform":
             flags(Settings)["dp_noise"].refuse(self.dp_noise, "is for equal weights", "take --average uniform")
         if self.generalists + min(self.specialists) == 0:
@@ -247,8 +251,11 @@ def status_of(command: str, work: Callable[[], object], if_stopped: str) -> int:
               file=sys.stderr)
         return 2
     except BadInput as error:
-        if os.environ.get("RANK", "0") == "0":  # else rank 0 says it
-            print(f"{command}: {error}", file=sys.stderr)
+        process = f", process {os.environ['RANK']}" if "RANK" in os.environ else ""
+        print(f"{command}{process}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{command}: {error.filename or 'a file'}: {error.strerror or error}; check the disk", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"{command}: stopped; {stop.args[0] if stop.args else if_stopped}", file=sys.stderr)

@@ -81,6 +81,12 @@ def build_model(settings: Settings, start: Base, specialists: int, rank: int, ow
     return model
 
 
+def crowd(settings: Settings) -> tuple[int, int]:
+    """How many users there are, and how many of them are called in a round."""
+    total = 1 if METHODS[settings.method].pooled else settings.users
+    return total, max(1, round(settings.participation * total))
+
+
 def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> User:
     """A user with the text of one, or, for pooled methods, of all."""
     method = METHODS[settings.method]
@@ -95,7 +101,8 @@ def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> 
         return data.spread_windows(valid, 32, settings.block_size, settings.device)
 
     seen = ("train", "valid") if settings.experts_see == "both" else ("train",)
-    steps = max(1, round(settings.rounds * settings.participation)) * settings.local_steps  # as many as it may expect
+    total, count = crowd(settings)
+    steps = max(1, round(settings.rounds * count / total)) * settings.local_steps  # as many as it may expect
     lower = method.level(model.having(GENERALIST, SPECIALIST), batches(seen, "train"), settings.lr,
                          settings.weight_decay, cosine(steps, min(settings.warmup, steps // 5)))
     router = model.having(ROUTER)
@@ -151,24 +158,27 @@ class Run:
 
     def go_on(self) -> None:
         """Take up the newest checkpoint. Raises BadInput."""
-        made_with = json.loads(json.dumps(runs.config_of(self.settings, self.base, self.texts)))
-        config = read_json(self.folder / "config.json")
-        for name, what in (("base", "--init-from"), ("texts", "--data")):
-            if config[name] != made_with[name]:
-                raise BadInput(f"{what}: isn't any more what the run in {self.folder} began with; bring it back, or "
-                               "start anew with --overwrite")
         if (self.folder / "result.json").exists():
             raise BadInput(f"--resume: the run in {self.folder} is through; --overwrite starts anew")
-        if state := runs.newest(self.folder, self.settings.device):
-            try:
+        first = ranks.rank() == 0
+        try:
+            made_with = json.loads(json.dumps(runs.config_of(self.settings, self.base, self.texts)))
+            config = read_json(self.folder / "config.json")
+            for name, what in (("base", "--init-from"), ("texts", "--data")):
+                if config[name] != made_with[name]:
+                    raise BadInput(f"{what}: isn't any more what the run in {self.folder} began with; bring it back, "
+                                   "or start anew with --overwrite")
+            if state := runs.newest(self.folder, self.settings.device, clean=first):
                 runs.restore(state["server"], ranks.own(state["users"]), self.server, self.users)
                 self.done, self.before = state["round"], state["test_start"]
                 self.start -= state["seconds"]
-            except (KeyError, ValueError):
-                raise BadInput(f"--resume: the checkpoint in {self.folder} is of another version; start anew with "
-                               "--overwrite") from None
-        if ranks.rank() == 0:
-            runs.forget_later(self.folder, self.done if state else -1)
+            if first:
+                runs.forget_later(self.folder, self.done if state else -1)
+            else:
+                self.server.refused = []  # rank 0 has them
+        except (KeyError, ValueError, TypeError, FileNotFoundError) as error:
+            raise BadInput(f"--resume: what is in {self.folder} is damaged or of another version ({error!r}); start "
+                           "anew with --overwrite") from None
 
     def play(self, bar: tqdm) -> dict:
         """Returns what result.json holds. Moves the bar by `users` in each round. Raises KeyboardInterrupt behind a
@@ -206,8 +216,7 @@ class Run:
     def called(self, number: int) -> tuple[list[User], list[User]]:
         """Who is called in a round, and who of them vanishes before it answers; of this process's users."""
         generator = data.seeded(self.settings.seed, "called", number)
-        total = 1 if METHODS[self.settings.method].pooled else self.settings.users
-        count = max(1, round(self.settings.participation * total))
+        total, count = crowd(self.settings)
         chosen = set(torch.randperm(total, generator=generator)[:count].tolist())
         luck = torch.rand(total, generator=generator).tolist()
         mine = [(user, i) for user, i in zip(self.users, ranks.own(list(range(total))), strict=True) if i in chosen]
@@ -216,8 +225,8 @@ class Run:
     def finite(self, user: User, loss: float) -> float:
         """That loss, if it's one. Raises Diverged."""
         if not loss < DIVERGED:
-            raise Diverged(f"--lr {self.settings.lr}: the loss of user {user.name} has grown to {loss:.3g}; "
-                           "take a smaller one")
+            flag = f"--dp-noise {self.settings.dp_noise}" if self.settings.dp_noise else f"--lr {self.settings.lr}"
+            raise Diverged(f"{flag}: the loss of user {user.name} has grown to {loss:.3g}; take a smaller one")
         return loss
 
     def measure(self, split: str) -> list[tuple[float, list[float]]]:
@@ -250,10 +259,11 @@ class Run:
     def save(self, number: int) -> None:
         """Write the checkpoint of a round's end."""
         users = ranks.gathered(runs.states(self.users))
+        refused = [each for mine in ranks.gathered([self.server.refused]) for each in mine]
         if ranks.rank() == 0:
             runs.save({"settings": asdict(self.settings), "base": runs.reference(self.base), "round": number,
                        "test_start": self.before, "seconds": time.perf_counter() - self.start,
-                       "server": self.server.state(), "users": users}, self.folder)
+                       "server": self.server.state() | {"refused": refused}, "users": users}, self.folder)
 
     def summarize(self, before: list, valid: list, after: list) -> dict:
         """What result.json holds."""
@@ -305,7 +315,7 @@ def table(result: dict, folder: Path) -> str:
 
 def train(settings: Settings) -> None:
     """Raises BadInput."""
-    settings = replace(settings, device=ranks.join(settings.device))
+    ranks.join(settings.device)
     first = ranks.rank() == 0
     run = Run(settings)
     total = settings.rounds * settings.users
@@ -360,7 +370,11 @@ def settings_of(arguments: list[str] | None) -> Settings:
     if "out" not in given:
         raise BadInput("--resume: goes on with which run? give the folder with --out")
     saved = runs.saved_settings(Path(given["out"]))
-    settings = Settings(**saved | {"overwrite": False} | given)
+    try:
+        settings = Settings(**saved | {"overwrite": False} | given)
+    except TypeError as error:
+        raise BadInput(f"--resume: the run in {given['out']} is of another version ({error}); start anew with "
+                       "--overwrite") from None
     wanted = json.loads(json.dumps(asdict(settings)))
     for name in given.keys() - {"resume", "out"}:
         if wanted[name] != saved[name]:
@@ -371,7 +385,7 @@ def settings_of(arguments: list[str] | None) -> Settings:
 
 def main(arguments: list[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="replace")  # the table's arrows, on a terminal without Unicode
-    return status_of("train.py", lambda: train(settings_of(arguments)), "nothing was trained yet")
+    return status_of("train.py", lambda: train(settings_of(arguments)), "nothing is lost; --resume goes on")
 
 
 if __name__ == "__main__":

@@ -200,11 +200,15 @@ def test_a_round_without_answers_passes_and_the_generalists_stay():
     list(federated_round(server, users, Alternation(1, 1, 1), lost=users))
     assert server.version == 0
     assert all(torch.equal(server.generalists[name], before[name]) for name in before)
+    for user in users:  # and whoever has learned since takes them again
+        server.deliver(user)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in user.model.having(GENERALIST).items())
 
 
 @pytest.mark.parametrize(("poison", "reason"), [
     (lambda answer: answer | {"norm.weight": torch.full((8,), torch.nan)}, "norm.weight isn't finite"),
     (lambda answer: answer | {"norm.weight": torch.full((8,), torch.inf)}, "norm.weight isn't finite"),
+    (lambda answer: answer | {"norm.weight": torch.full((8,), 3e38)}, "norm.weight isn't finite, or beyond 1e.30"),
     (lambda answer: answer | {"norm.weight": torch.zeros(9)}, "norm.weight has shape .9,., not .8,."),
     (lambda answer: answer | {"norm.weight": torch.zeros(8).double()}, "norm.weight isn't torch.float32"),
     (lambda answer: answer | {"norm.weight": [0.0] * 8}, "norm.weight isn't torch.float32"),

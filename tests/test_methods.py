@@ -391,3 +391,13 @@ def test_whatever_the_method_only_generalists_cross_and_all_their_bytes_are_coun
 def test_only_the_leaky_level_differentiates_with_respect_to_everything():
     assert [name for name, method in METHODS.items()
             if method.level.differentiate is not Level.differentiate] == ["comigs-leaky"]
+
+
+def test_hetlora_keeps_the_ranks_of_users_who_are_away():
+    server = METHODS["hetlora"].server(random_change(4, 0))
+    before = {name: tensor.clone() for name, tensor in server.generalists.items()}
+    small = random_change(1, 1)
+    server.generalists |= server.merge([small], [1])
+    assert torch.allclose(server.generalists["up.A"][:1], small["up.A"])
+    assert torch.equal(server.generalists["up.A"][1:], before["up.A"][1:])
+    assert torch.equal(server.generalists["up.B"][:, 1:], before["up.B"][:, 1:])

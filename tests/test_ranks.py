@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,6 +73,19 @@ def test_lists_are_dealt_out_and_come_together_again(monkeypatch):
         into[:] = parts
     monkeypatch.setattr(ranks.dist, "all_gather_object", all_gather)
     assert ranks.gathered(parts[1]) == everyones
+
+
+def test_an_average_over_processes_worked_by_hand_and_of_nothing(monkeypatch):
+    """Here one user answers 1 with weight 3, and another process adds 5 with weight 1: (3 · 1 + 5) / 4 = 2."""
+    def all_reduce(flat):
+        flat += torch.tensor([5.0, 1.0, 1.0]) if len(flat) == 3 else torch.tensor([1.0])
+    monkeypatch.setattr(ranks.dist, "all_reduce", all_reduce)
+    server = ranks.Together({"a": torch.zeros(1)})
+    user = SimpleNamespace(name="u", shared={"a": torch.Size([1])}, weight=3)
+    server.combine([(user, {"a": torch.ones(1)})])
+    assert server.generalists["a"].tolist() == [2]
+    assert server.version == 1
+    ranks.Together({}).combine([])
 
 
 @pytest.mark.parametrize("flags", ["--users 1", "--method pcl", "--method centralized"])

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 import torch
@@ -127,6 +128,9 @@ def test_a_damaged_checkpoint_is_recognised_and_the_one_before_it_used(flags, tm
     assert train.main(["--resume", "--out", str(tmp_path / "cut")]) == 0
     assert "checkpoint.pt is damaged; trying the one before it" in capsys.readouterr().err
     assert is_same(end(tmp_path / "cut"), end(tmp_path / "whole"))
+    assert runs.newest(tmp_path / "cut")["round"] == 5
+    with zipfile.ZipFile(tmp_path / "cut" / "previous.pt") as archive:  # never the damaged one
+        assert archive.testzip() is None
     for name in ("checkpoint.pt", "previous.pt"):
         (tmp_path / "cut" / name).write_bytes(b"damaged")
     (tmp_path / "cut" / "result.json").unlink()
@@ -205,7 +209,30 @@ def test_a_checkpoint_of_another_version_is_one_line(flags, tmp_path, monkeypatc
     del state["users"][1]["gradients"]
     torch.save(state, tmp_path / "cut" / "checkpoint.pt")
     assert train.main(["--resume", "--out", str(tmp_path / "cut")]) == 2
-    assert "is of another version; start anew with --overwrite" in capsys.readouterr().err
+    assert "is damaged or of another version" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("file", "content"), [
+    ("metrics.jsonl", "{\n"), ("metrics.jsonl", None), ("config.json", "{}"), ("config.json", "["),
+    ("config.json", '{"settings": {"nonsense": 1}}'), ("config.json", None)])
+def test_a_damaged_folder_is_one_line(flags, tmp_path, monkeypatch, capsys, file, content):
+    cut_off(monkeypatch, [*flags(), "--out", str(tmp_path / "cut")], federated.User, "learn", 8)
+    if content is None:
+        (tmp_path / "cut" / file).unlink()
+    else:
+        (tmp_path / "cut" / file).write_text(content)
+    capsys.readouterr()
+    assert train.main(["--resume", "--out", str(tmp_path / "cut")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_full_disk_is_one_line(flags, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device", "checkpoint.pt")
+    monkeypatch.setattr(runs, "save", full)
+    assert train.main([*flags(), "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(
+        "train.py: checkpoint.pt: No space left on device; check the disk")
 
 
 def test_a_folder_in_which_another_process_works_is_refused(flags, tmp_path):

@@ -276,7 +276,8 @@ WRONG = """
     --expert lora; --expert nonsense; --lora-rank 0; --lora-rank 1,2; --lora-rank x; --init-from nowhere
     --participation 0; --participation 1.1; --participation nan; --drop-rate 1; --drop-rate -0.1; --drop-rate inf
     --clip-update 0; --clip-update nan; --dp-noise -1; --dp-noise 1; --clip-update 1 --method pcl --specialists 1
-    --dp-noise 1 --clip-update 1 --average tokens; --resume; --resume --overwrite; --source x; --user-field who
+    --dp-noise 1 --clip-update 1 --method fedavg; --dp-noise 1 --clip-update 1 --average tokens
+    --resume; --resume --overwrite; --source x; --user-field who
     --text-field what; --short-users maybe; --n-layer 1000000000; --specialists 10000; --batch-size 10000000000
     --n-embd 1000000 --n-head 1
 """
