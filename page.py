@@ -44,9 +44,9 @@ def decode(tokens: Iterable[int], encoding: tiktoken.Encoding, end: str = "\n‖
 @torch.no_grad()
 def gates_of(model: GPT, tokens: np.ndarray) -> np.ndarray:
     """Every expert's gate for every token, as the model routes it when it reads these tokens: (L, n, E)."""
-    device, windows = model.tokens.weight.device, data.ordered_windows(tokens, 1, model.config.block_size)
-    E = len(model.config.expert_roles)
-    layers = [[dense_gates(routing, E) for routing in model.trunk(idx.to(device))[1]] for idx, _ in windows]
+    E, T, device = len(model.config.expert_roles), model.config.block_size, str(model.tokens.weight.device)
+    windows = data.ordered_windows(tokens, max(1, 1024 // T), T, device)
+    layers = [[dense_gates(routing, E) for routing in model.trunk(idx)[1]] for idx, _ in windows]
     return torch.stack([torch.cat(parts) for parts in zip(*layers, strict=True)]).float().cpu().numpy()
 
 
@@ -108,7 +108,8 @@ def worth(model: GPT, tokens: np.ndarray, gates: np.ndarray) -> tuple[float, flo
     def perplexity(weights: list) -> float:
         for block, each in zip(model.blocks, weights, strict=True):
             block.moe.weights = each
-        windows = data.ordered_windows(tokens, 8, model.config.block_size, str(model.tokens.weight.device))
+        T, device = model.config.block_size, str(model.tokens.weight.device)
+        windows = data.ordered_windows(tokens, max(1, 1024 // T), T, device)
         return math.exp(evaluate(model, windows)[0])
 
     same = perplexity(gates.mean(1).tolist())
