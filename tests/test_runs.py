@@ -13,7 +13,6 @@ import torch
 
 import federated
 import files
-import pretrain
 import runs
 import train
 from corpora import BadInput
@@ -29,14 +28,13 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def flags(corpus, tmp_path):
+def flags(corpus, tmp_path, tiny_base):
     """A command line for a method, without --out, with low-rank experts on a base if the method is about them."""
     def of(method: str = "comigs", *more: str) -> list[str]:
         start = SHAPE
         if method not in ("comigs", "comigs-leaky", "centralized"):
-            if not (tmp_path / "base").exists():
-                assert pretrain.main([*SHAPE, "--steps", "1", "--out", str(tmp_path / "base")]) == 0
-            start = ["--init-from", str(tmp_path / "base" / "base.pt"), "--expert", "lora", "--block-size", "8"]
+            torch.save(tiny_base, tmp_path / "base.pt")
+            start = ["--init-from", str(tmp_path / "base.pt"), "--expert", "lora", "--block-size", "8"]
         return [*start, *SCHEDULE, "--method", method, "--data", corpus, *more]
     return of
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import data
-import pretrain
 import sample
 import train
 from bilevel import evaluate
@@ -21,13 +20,13 @@ SCHEDULE = ["--users", "3", "--rounds", "2", "--local-steps", "2", "--router-eve
 
 
 @pytest.fixture
-def a_run(corpus, tmp_path):
+def a_run(corpus, tmp_path, tiny_base):
     """Makes a run, with low-rank experts on a base of its own if the method is about them, and returns its folder."""
     def make(method: str = "comigs", *more: str):
         start = SHAPE
         if method not in ("comigs", "centralized"):
-            assert pretrain.main([*SHAPE, "--steps", "1", "--out", str(tmp_path / "base"), "--overwrite"]) == 0
-            start = ["--init-from", str(tmp_path / "base" / "base.pt"), "--expert", "lora", "--block-size", "8"]
+            torch.save(tiny_base, tmp_path / "base.pt")
+            start = ["--init-from", str(tmp_path / "base.pt"), "--expert", "lora", "--block-size", "8"]
         arguments = [*start, *SCHEDULE, "--method", method, "--data", corpus, "--out", str(tmp_path / method), *more]
         assert train.main(arguments) == 0
         return tmp_path / method
@@ -129,9 +128,10 @@ def test_bad_input_is_one_line_and_status_2(a_run, capsys, flags, message):
     assert message in line
 
 
-def test_a_damaged_checkpoint_and_another_base_are_one_line(a_run, tmp_path):
+def test_a_damaged_checkpoint_and_another_base_are_one_line(a_run, tmp_path, tiny_base):
     folder = a_run("ffa-lora")
-    assert pretrain.main([*SHAPE, "--steps", "2", "--out", str(tmp_path / "base"), "--overwrite"]) == 0
+    other = tiny_base["model"] | {"ln_f.bias": torch.ones(16)}
+    torch.save(tiny_base | {"model": other}, tmp_path / "base.pt")
     with pytest.raises(BadInput, match="isn't the file any more that the run started from"):
         sample.load(folder)
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
