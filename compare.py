@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import BadInput, Diverged
-from files import write_json, write_text
+from files import read_json, write_json, write_text
 from methods import METHODS
 from model import GENERALIST, ROUTER, SPECIALIST
 from plots import save_figure
@@ -57,7 +57,7 @@ def finished(settings: Settings, bar: tqdm) -> Path:
     folder = Path(settings.out)
     config = folder / "config.json"
     wanted = json.loads(json.dumps(asdict(settings)))
-    if os.path.exists(config) and load(config)["settings"] | {"overwrite": settings.overwrite} == wanted:
+    if os.path.exists(config) and read_json(config)["settings"] | {"overwrite": settings.overwrite} == wanted:
         if (folder / "result.json").exists():
             bar.update(settings.rounds * settings.users)
             return folder
@@ -66,12 +66,8 @@ def finished(settings: Settings, bar: tqdm) -> Path:
     return folder
 
 
-def load(path: Path) -> dict:
-    return json.loads(path.read_text())
-
-
 def read(folder: Path) -> dict:
-    return load(folder / "result.json")
+    return read_json(folder / "result.json")
 
 
 def play(rows: Rows, comparison: Comparison) -> tuple[dict[str, list[Path]], dict[str, dict[float, float]]]:

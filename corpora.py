@@ -306,9 +306,9 @@ def texts(files: list[tuple[str, str, Path]]) -> Iterator[Piece]:
 
 # --- the cache -------------------------------------------------------------------------------------------------------
 
-def sha256(path: Path) -> str:
+def digest_of(path: Path, kind: str = "sha256") -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, kind).hexdigest()
 
 
 def digests(paths: list[Path], cache: Path) -> list[str]:
@@ -325,7 +325,7 @@ def digests(paths: list[Path], cache: Path) -> list[str]:
             case [size, changed, touched, str(digest)] if [size, changed, touched] == mark:
                 pass
             case _:
-                digest = sha256(path)
+                digest = digest_of(path)
                 if time.time_ns() - max(mark[1:]) > 2e9:  # else it might still change within one tick of its clock
                     fresh[str(path.resolve())] = [*mark, digest]
         result.append(digest)
@@ -362,7 +362,7 @@ def fetch(name: str, source: str, cache: Path, size: int) -> Path:
             if missing:
                 raise BadInput(f"--data {name}: {source} holds nothing of {missing}; give another --source")
             write_json(new / "manifest.json", {"source": source, "revision": revision, "licence": recipe.licence,
-                                               **counts, "sha256": sha256(new / "documents.jsonl")})
+                                               **counts, "sha256": digest_of(new / "documents.jsonl")})
     path = kept / "documents.jsonl"
     try:
         intact = digests([path], cache) == [read_json(kept / "manifest.json")["sha256"]]
@@ -388,9 +388,10 @@ def collect(name: str, streams: Streams, size: int, path: Path) -> dict:
                 if text.strip() and bytes_of[user] < size and (digest := shuffled(text)) not in seen:
                     seen.add(digest)
                     file.write(json.dumps({"user": user, "text": text}, ensure_ascii=False) + "\n")
-                    bytes_of[user] += len(text.encode())
+                    length = len(text.encode())
+                    bytes_of[user] += length
                     documents_of[user] += 1
-                    bar.update(len(text.encode()))
+                    bar.update(length)
                 if all(bytes_of[user] >= size for user in users):
                     break
     return {"documents": documents_of, "bytes": bytes_of}
@@ -410,8 +411,7 @@ def read_public(name: str, recipe: Recipe, source: str, folder: Path) -> tuple[S
         except (OSError, ValueError, HTTPException) as error:
             raise BadInput(f"--data {name}: {source} can't be downloaded ({error}); try again, or give a file of it "
                            "with --source") from None
-    with open(table, "rb") as file:
-        md5 = hashlib.file_digest(file, "md5").hexdigest()
+    md5 = digest_of(table, "md5")
     if source == recipe.source and md5 != recipe.md5:
         raise BadInput(f"--data {name}: what came from {source} has MD5 {md5}, not {recipe.md5}; try again, or give a "
                        "file of it with --source")

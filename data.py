@@ -45,12 +45,16 @@ def tokenizer(name: str) -> tiktoken.Encoding:
                         "set TIKTOKEN_CACHE_DIR to a folder that holds it, or take bytes") from None
 
 
+def type_of(encoding: tiktoken.Encoding) -> np.dtype:
+    """What a token number fits into."""
+    return np.dtype(np.uint16 if encoding.n_vocab <= 1 << 16 else np.uint32)
+
+
 def encode(document: str, encoding: tiktoken.Encoding) -> np.ndarray:
     """(n,) token numbers: END, then the document's."""
-    kind = np.uint16 if encoding.n_vocab <= 1 << 16 else np.uint32
     own = encoding.name == "bytes"
     text = np.frombuffer(document.encode(), np.uint8) if own else encoding.encode_ordinary(document)
-    return np.concatenate([[encoding.eot_token], text]).astype(kind)
+    return np.concatenate([[encoding.eot_token], text]).astype(type_of(encoding))
 
 
 @dataclass
@@ -123,14 +127,15 @@ def too_short(text: Text, block_size: int) -> str | None:
 def cached(where: str, train: list[int], target: str, tokens: tiktoken.Encoding, block_size: int, short: str,
            cache: Path, origin: dict[str, str]) -> list[Text]:
     """The users' text from the cache, where it is put if it isn't there. Raises BadInput, OSError."""
-    corpus = find(where, cache, size=splits.room(max(train)), **origin)
+    size = splits.room(max(train))
+    corpus = find(where, cache, size=size, **origin)
     leaving = block_size if short == "leave-out" else None
     key = shuffled(repr((FORMAT, corpus.key, train, target, tokens.name, tokens.n_vocab, leaving))).hex()[:16]
     kept = cache / f"tokens-{key}"
     if not kept.exists():
         with whole(kept) as new:
             deal_out(corpus, where, train, target, tokens, block_size, short, new)
-            if find(where, cache, size=splits.room(max(train)), **origin).key != corpus.key:
+            if find(where, cache, size=size, **origin).key != corpus.key:
                 raise BadInput(f"--data {where}: changed while it was read; start again")
     texts, left_out = read_tokens(kept, cache)
     for reason in left_out.values():
@@ -147,7 +152,7 @@ def deal_out(corpus: Corpus, where: str, train: list[int], target: str, tokens: 
         chosen, left_out = splits.choose(holdings, where, train, block_size, short, left_out)
         users = write_tokens(corpus, chosen, target, tokens, folder / "tokens.bin")
         write_json(folder / "manifest.json", {
-            "dtype": encode("", tokens).dtype.name, "users": users, "left_out": left_out})
+            "dtype": type_of(tokens).name, "users": users, "left_out": left_out})
         texts, _ = read_tokens(folder, folder)
         more = {text.name: reason for text in texts if (reason := too_short(text, block_size))}
         if short == "refuse" or target == "mixed" or not more:
@@ -204,7 +209,7 @@ def write_tokens(corpus: Corpus, users: dict[str, splits.Plans], target: str, to
                 places[split] = start, free
             result.append({"name": name, **places, "train_bytes": train_bytes[name],
                            "test_bytes": bytes_of(documents[TEST])})
-        file.truncate(free * encode("", tokens).itemsize)
+        file.truncate(free * type_of(tokens).itemsize)
     return result
 
 

@@ -41,12 +41,17 @@ def decode(tokens: Iterable[int], encoding: tiktoken.Encoding, end: str = "\n‖
             yield decoder.decode(encoding.decode_single_token_bytes(token))
 
 
+def windows(tokens: np.ndarray, model: GPT) -> Iterator[data.Batch]:
+    """A text as a model reads it."""
+    T = model.config.block_size
+    return data.ordered_windows(tokens, max(1, 1024 // T), T, str(model.tokens.weight.device))
+
+
 @torch.no_grad()
 def gates_of(model: GPT, tokens: np.ndarray) -> np.ndarray:
     """Every expert's gate for every token, as the model routes it when it reads these tokens: (L, n, E)."""
-    E, T, device = len(model.config.expert_roles), model.config.block_size, str(model.tokens.weight.device)
-    windows = data.ordered_windows(tokens, max(1, 1024 // T), T, device)
-    layers = [[dense_gates(routing, E) for routing in model.trunk(idx)[1]] for idx, _ in windows]
+    E = len(model.config.expert_roles)
+    layers = [[dense_gates(routing, E) for routing in model.trunk(idx)[1]] for idx, _ in windows(tokens, model)]
     return torch.stack([torch.cat(parts) for parts in zip(*layers, strict=True)]).float().cpu().numpy()
 
 
@@ -108,9 +113,7 @@ def worth(model: GPT, tokens: np.ndarray, gates: np.ndarray) -> tuple[float, flo
     def perplexity(weights: list) -> float:
         for block, each in zip(model.blocks, weights, strict=True):
             block.moe.weights = each
-        T, device = model.config.block_size, str(model.tokens.weight.device)
-        windows = data.ordered_windows(tokens, max(1, 1024 // T), T, device)
-        return math.exp(evaluate(model, windows)[0])
+        return math.exp(evaluate(model, windows(tokens, model))[0])
 
     same = perplexity(gates.mean(1).tolist())
     return perplexity([None] * len(gates)), same

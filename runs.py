@@ -24,6 +24,7 @@ from corpora import BadInput
 from data import Text
 from federated import Server, User
 from files import read_json, write, write_json, write_text
+from model import GPT
 from settings import Settings
 
 try:
@@ -100,16 +101,22 @@ def states(users: list[User]) -> list[dict]:
         "lower": user.lower.state(), "upper": user.upper and user.upper.state()} for user in users]
 
 
+def restore_model(saved: dict, model: GPT) -> None:
+    """Give a model what a user's state has of it."""
+    for name, parameter in model.own().items():
+        parameter.data = saved["parameters"][name].data  # whose rank a method may have cut
+    for block, weights in zip(model.blocks, saved["weights"], strict=True):
+        block.moe.weights = weights
+
+
 def restore(server_state: dict, user_states: list[dict], server: Server, users: list[User]) -> None:
     """Give server and users the state of a checkpoint."""
     server.load(server_state)
     for user, saved in zip(users, user_states, strict=True):
         user.version, user.bytes_up, user.bytes_down = (saved[name] for name in ("version", "bytes_up", "bytes_down"))
+        restore_model(saved, user.model)
         for name, parameter in user.model.own().items():
-            parameter.data = saved["parameters"][name].data  # whose rank a method may have cut
             parameter.grad = saved["gradients"].get(name)  # what a leak has piled up
-        for block, weights in zip(user.model.blocks, saved["weights"], strict=True):
-            block.moe.weights = weights
         for level, own in ((user.lower, saved["lower"]), (user.upper, saved["upper"])):
             if level:
                 level.load(own)

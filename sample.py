@@ -60,10 +60,7 @@ def load(run: Path) -> tuple[dict, list[tuple[str, GPT]]]:
             raise ValueError(f"{known['name']}: isn't the file any more that the run started from")
         for user in state["users"]:
             model = GPT(GPTConfig(**user["config"]), torch.Generator(), start and start.tensors)
-            for name, parameter in model.own().items():
-                parameter.data = user["parameters"][name].data  # whose rank a method may have cut
-            for block, weights in zip(model.blocks, user["weights"], strict=True):
-                block.moe.weights = weights
+            runs.restore_model(user, model)
             models.append((user["name"], model))
         return state, models
     except BadInput:
@@ -99,7 +96,7 @@ def show_page(run: Path, state: dict, models: list[GPT], encoding: tiktoken.Enco
     texts = train.load_texts(settings, state["base"]["tokenizer"])
     models = models * (len(texts) // len(models))  # one for all, where text was pooled
     try:
-        page.of_run(run, path, f"{settings.method} on {settings.data}, seed {settings.seed}", texts, models, encoding)
+        page.of_run(run, path, settings.title, texts, models, encoding)
     except (OSError, ValueError) as error:
         raise BadInput(f"--html {path}: {error}; give another file, or check the run") from None
     print(path)

@@ -190,9 +190,10 @@ class Settings(Training):
             flags(Settings)["dp_noise"].refuse(self.dp_noise, "is for equal weights", "take --average uniform")
         if self.generalists + min(self.specialists) == 0:
             raise BadInput("--generalists 0: a user with --specialists 0 has no expert; give either at least 1")
-        for package, wanted in (("matplotlib", self.plot), ("tensorboard", self.tensorboard)):
-            if wanted:
-                need(package, "--plot" if package == "matplotlib" else "--tensorboard")
+        if self.plot:
+            need("matplotlib", "--plot")
+        if self.tensorboard:
+            need("tensorboard", "--tensorboard")
         if self.source and self.data not in PUBLIC:
             flags(Settings)["source"].refuse(self.source, f"--data {self.data} is no public corpus",
                                              f"take one of {', '.join(PUBLIC)}, or leave it out")
@@ -211,6 +212,10 @@ class Settings(Training):
                 self.lora_rank, f"--method {self.method} averages the users' changes", "give one rank for all")
         if self.expert == "lora" and self.init_from == "scratch":
             raise BadInput("--expert lora: changes a base, and --init-from scratch has none; give --init-from a file")
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} on {self.data}, seed {self.seed}"
 
 
 @dataclass

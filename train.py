@@ -119,7 +119,7 @@ def build(settings: Settings, start: Base, texts: list[Text]) -> tuple[Server, l
     common = build_model(settings, start, *largest, "server")
     kind = method.server if ranks.count() == 1 else ranks.Together
     server = kind(common.having(GENERALIST), bound=settings.clip_update, noise=settings.dp_noise,
-                           generator=data.seeded(settings.seed, "noise"))
+                  generator=data.seeded(settings.seed, "noise"))
     if method.pooled:
         return server, [build_user(settings, "everyone", build_model(settings, start, *largest, "everyone"), texts)]
     sizes = ranks.own(list(zip(settings.specialists, settings.lora_rank, strict=True)))
@@ -151,10 +151,6 @@ class Run:
         if settings.resume:
             self.go_on()
         self.board = plots.board(self.folder) if settings.tensorboard and ranks.rank() == 0 else None
-
-    @property
-    def title(self) -> str:
-        return f"{self.settings.method} on {self.settings.data}, seed {self.settings.seed}"
 
     def go_on(self) -> None:
         """Take up the newest checkpoint. Raises BadInput."""
@@ -329,8 +325,8 @@ def train(settings: Settings) -> None:
     if run.board:
         run.board.close()
     if ranks.count() == 1:
-        page.of_run(run.folder, run.folder / "page.html", run.title, run.texts, [user.model for user in run.learners],
-                    data.tokenizer(run.base.tokenizer))
+        page.of_run(run.folder, run.folder / "page.html", settings.title, run.texts,
+                    [user.model for user in run.learners], data.tokenizer(run.base.tokenizer))
         print(f"what it learned: {run.folder / 'page.html'}")
     else:  # the other users' models are elsewhere
         print(f"what it learned: python sample.py --run {run.folder} --html {run.folder / 'page.html'}")
