@@ -1,13 +1,13 @@
 """The two levels and their alternation, for one user.
 
     upper level    min over φ                L(X_valid; Θ*, φ)    the router, on text from the target distribution
-    lower level    Θ* in argmin over Θ       L(X_train; Θ, φ)     all else that learns, on the user's own text
+    lower level    Θ* in argmin over Θ       L(X_train; Θ, φ)     everything else that learns, on the user's own text
 
 The generalists in Θ are common to all users, and their lower level is the sum of the users' losses: the average that
 the server takes after each round (federated.py) stands for that.
 
 A level owns its parameters, its stream of batches and its optimizer. Its step differentiates with respect to its own
-parameters only, so no gradient of one level is ever in the other's way.
+parameters only, so no gradient of one level ever gets in the other's way.
 
     python -m pytest tests/test_bilevel.py
 """
@@ -58,7 +58,7 @@ class Level:
         loss.backward(inputs=self.parameters)  # of this level only: nothing lands in the other's .grad
 
     def state(self) -> dict:
-        """All that the next steps depend on, besides the parameters."""
+        """Everything that the next steps depend on, besides the parameters."""
         return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
                 "batches": self.batches.state()}
 
@@ -84,7 +84,7 @@ def constant(step: int) -> float:
 
 
 @dataclass(frozen=True)
-class Alternation:
+class Rhythm:
     """When which level takes its steps."""
 
     local_steps: int  # expert steps in a round
@@ -92,28 +92,30 @@ class Alternation:
     router_steps: int  # router steps in such a visit
 
 
-def alternate(model: GPT, lower: Level, upper: Level | None, plan: Alternation) -> Tensor:
+def alternate(model: GPT, lower: Level, upper: Level | None, rhythm: Rhythm) -> Tensor:
     """One user's work in one round (alternating minimisation). Returns the mean training loss, in nats.
 
     `upper` is None for methods without a router to teach.
     """
     losses = []
-    for _ in range(plan.local_steps):
+    for _ in range(rhythm.local_steps):
         losses.append(lower.step(model))  # 1. Θ ← Θ − η ∇_Θ L(X_train; Θ, φ)
-        if upper and lower.steps % plan.router_every == 0:
-            for _ in range(plan.router_steps):
+        if upper and lower.steps % rhythm.router_every == 0:
+            for _ in range(rhythm.router_steps):
                 upper.step(model)  # 2. φ ← φ − η' ∇_φ L(X_valid; Θ, φ)
     return torch.stack(losses).mean()
 
 
 @torch.no_grad()
-def evaluate(model: GPT, batches: Iterator[Batch]) -> tuple[float, Tensor]:
-    """Mean cross-entropy over all targets, in nats, and the mean gate of each expert in each layer, (L, E)."""
-    E = len(model.config.expert_roles)
-    loss, gates, tokens = 0.0, 0.0, 0
+def evaluate(model: GPT, batches: Iterator[Batch], gates: Tensor | None = None) -> tuple[float, Tensor]:
+    """Mean cross-entropy over all targets, in nats, and the mean gate of each expert in each layer, (L, E).
+
+    gates (L, E): weights that stand in for the routers'.
+    """
+    loss, sums, count = 0.0, 0.0, 0
     for idx, targets in batches:
-        hidden, routings = model.trunk(idx)
+        hidden, routings = model.trunk(idx, gates)
         loss += model.loss(hidden, targets).item() * targets.numel()
-        gates += torch.stack([dense_gates(routing, E).sum(0) for routing in routings])
-        tokens += targets.numel()
-    return loss / tokens, gates / tokens
+        sums += torch.stack([dense_gates(routing, model.config.n_experts).sum(0) for routing in routings])
+        count += targets.numel()
+    return loss / count, sums / count

@@ -1,10 +1,10 @@
-"""Several methods and seeds side by side: the tables of the README.
+"""Several methods and seeds side by side.
 
     python compare.py --methods local,fedavg,comigs --seeds 3 [any flag of train.py]
     python compare.py --methods local,fedavg,comigs --rates 2e-3,6e-3,2e-2 --plot
 
-A run that is already in the folder, with the same settings, isn't run again, and one that was cut off goes on; so this
-can be stopped and started again. (With a new base in the old file, give a new --out.)
+A run that is already in the folder, with the same settings, isn't run again, and one that was cut off is continued, so
+this can be stopped and started again. (With a new base in the old file, give a new --out.)
 """
 
 import json
@@ -12,17 +12,17 @@ import math
 import os
 import statistics
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data import BadInput, Diverged
-from files import read_json, write_json, write_text
 from methods import METHODS
 from model import GENERALIST, ROUTER, SPECIALIST
-from plots import save_figure
-from settings import Settings, check, need, parse_known, parse_settings, setting, status_of
+from support import plots
+from support.errors import BadInput, Diverged
+from support.files import read_json, write_json, write_text
+from support.settings import Settings, check, given_in, parsed, plain, setting, status_of
 from train import Run
 
 
@@ -30,12 +30,12 @@ from train import Run
 class Comparison:
     """How runs are compared. All other flags are train.py's. Raises BadInput."""
 
-    seeds: int = setting(3, "how many, from --seed on", int, low=1)
+    seeds: int = setting(3, "number of seeds, counted from --seed", int, low=1)
     rates: tuple[float, ...] | None = setting(
-        None, "learning rates to choose from, for each method by itself: on validation text, with the first seed",
+        None, "learning rates to choose from, for each row by itself, on validation text, with the first seed",
         float, above=0, many=True)
     out: str = setting("out/compare", "folder of the runs, of table.md and of table.json")
-    plot: bool = setting(False, "draw table.png and table.svg, too (needs matplotlib)", bool)
+    plot: bool = setting(False, "also draw table.png and table.svg (needs matplotlib)", bool)
 
     def __post_init__(self):
         check(self)
@@ -53,11 +53,10 @@ Rows = dict[str, Settings]  # by label
 
 
 def finished(settings: Settings, bar: tqdm) -> Path:
-    """The folder of a run, once it is through: as it is if it ended there, else by beginning it or going on with it."""
+    """The folder of a run that has ended: earlier, or because it is played or continued now."""
     folder = Path(settings.out)
     config = folder / "config.json"
-    wanted = json.loads(json.dumps(asdict(settings)))
-    if os.path.exists(config) and read_json(config)["settings"] | {"overwrite": settings.overwrite} == wanted:
+    if os.path.exists(config) and read_json(config)["settings"] | {"overwrite": settings.overwrite} == plain(settings):
         if (folder / "result.json").exists():
             bar.update(settings.rounds * settings.users)
             return folder
@@ -183,15 +182,15 @@ def draw(summaries: dict[str, dict], path: Path) -> None:
     lines.set_xlabel("round")
     lines.set_ylabel("validation loss, nats")
     lines.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    save_figure(figure, path)
+    plots.save_figure(figure, path)
 
 
 def compare(rows: Rows, comparison: Comparison) -> None:
     """Run all rows, write table.md, table.json and the drawing and print the table. Raises BadInput."""
     if comparison.plot:
-        need("matplotlib", "--plot")
+        plots.need("matplotlib", "plot")
     if comparison.rates and any(row.experts_see == "both" for row in rows.values()):
-        raise BadInput("--rates: can't be judged by validation text that experts learn from; leave --experts-see out")
+        raise BadInput("`rates`: can't be judged by validation text that experts learn from; leave `experts_see` out")
     folders, tried = play(rows, comparison)
     summaries = {label: summarize(folders[label], tried[label], folders.get("local")) for label in rows}
     out, text = Path(comparison.out), table(summaries)
@@ -204,22 +203,21 @@ def compare(rows: Rows, comparison: Comparison) -> None:
 
 def split(arguments: list[str] | None, kind: type[Comparison]) -> tuple[Comparison, list[str]]:
     """A command line's flags of a comparison, and those of its runs. Raises BadInput."""
-    comparison, rest = parse_known(arguments, kind)
+    given, rest = given_in(arguments, kind)
     for flag in rest:
         if flag == "--resume":
-            raise BadInput("--resume: a comparison always goes on where it was; leave it out")
+            raise BadInput("`resume`: a comparison always continues where it was; leave it out")
         if flag.partition("=")[0] == "--method":
-            raise BadInput(f"{flag}: the rows are different methods; leave it out, or give compare.py --methods")
-    return comparison, rest
+            raise BadInput("`method`: the rows are different methods; leave it out, or give `methods`")
+    return kind(**given), rest
 
 
 def from_command_line() -> None:
     comparison, rest = split(None, OfMethods)
-    compare({method: parse_settings([*rest, "--method", method]) for method in comparison.methods}, comparison)
+    compare({method: parsed([*rest, "--method", method]) for method in comparison.methods}, comparison)
 
 
 def main() -> int:
-    sys.stdout.reconfigure(errors="replace")
     return status_of("compare.py", from_command_line, "the runs that ended are kept")
 
 

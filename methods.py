@@ -3,7 +3,7 @@
     python train.py --method fedavg
 
 What a row can't say is said above the table: a term beside a level's loss, what a device does with what it receives, or
-how the server merges the answers; an equation of its paper each. The loop is always the same (federated.py).
+how the server merges the answers, each with the equation of its paper. The loop is always the same (federated.py).
 """
 
 from dataclasses import dataclass, field
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bilevel import Alternation, Level, evaluate
+from bilevel import Level, Rhythm, evaluate
 from federated import Message, Server, User, average
-from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, LowRank, Routing
+from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig, LowRank, Routing
+from support.errors import BadInput
 
 # --- what stands beside a level's loss -------------------------------------------------------------------------------
 
@@ -45,14 +46,11 @@ class Balanced(Level):
         return model.loss(hidden, targets), self.WEIGHT * sum(map(balance, routings))
 
 
-def fix(model: GPT, weight: float | None) -> None:
-    """In every layer give `weight` to the generalists and the rest to the specialists; None: let the router decide."""
-    roles, weights = model.config.expert_roles, None
-    if weight is not None:
-        share = {GENERALIST: weight / roles.count(GENERALIST), SPECIALIST: (1 - weight) / roles.count(SPECIALIST)}
-        weights = [share[role] for role in roles]
-    for block in model.blocks:
-        block.moe.weights = weights
+def by_kind(config: GPTConfig, weight: float) -> Tensor:
+    """Gates (L, E) that give `weight` to the generalists together, and the rest to the specialists."""
+    roles = config.expert_roles
+    share = {GENERALIST: weight / roles.count(GENERALIST), SPECIALIST: (1 - weight) / roles.count(SPECIALIST)}
+    return torch.tensor([[share[role] for role in roles]] * config.n_layer)
 
 
 class Apart(Level):
@@ -61,11 +59,7 @@ class Apart(Level):
     is reported."""
 
     def losses(self, model: GPT, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        losses = []
-        for weight in (1.0, 0.0):
-            fix(model, weight)
-            losses.append(model(idx, targets)[1])
-        fix(model, None if model.config.routed else 0.5)
+        losses = [model(idx, targets, by_kind(model.config, weight))[1] for weight in (1.0, 0.0)]
         mean = sum(losses) / 2
         return mean, mean
 
@@ -78,11 +72,8 @@ class Fusing(User):
 
     @torch.no_grad()
     def settle(self) -> None:
-        def loss(weight: float) -> float:
-            fix(self.model, weight)
-            return evaluate(self.model, self.judge())[0]
-
-        fix(self.model, min((tenths / 10 for tenths in range(11)), key=loss))
+        grid = [by_kind(self.model.config, tenths / 10) for tenths in range(11)]
+        self.gates = min(grid, key=lambda gates: evaluate(self.model, self.judge(), gates)[0])
 
 
 # --- trust between users ---------------------------------------------------------------------------------------------
@@ -91,8 +82,8 @@ class Fusing(User):
 class Collecting(Server):
     """Keeps all users' answers, stacked, and sends every user all of them. `--average` has no say here."""
 
-    def __init__(self, generalists: Message, **how):
-        super().__init__(self.merge([generalists], [1]), **how)
+    def __init__(self, generalists: Message):
+        super().__init__(self.merge([generalists], [1]))
 
     def merge(self, answers: list[Message], weights: list[float]) -> Message:
         return {name: torch.stack([answer[name].detach() for answer in answers]) for name in answers[0]}
@@ -156,8 +147,8 @@ def flexlora_average(answers: list[Message], weights: list[float]) -> Message:
 
 
 class HetLoRA(Server):
-    """Averages padded factors and sends each user the ranks it has a place for. The users' scales α/√r are left out of
-    account, as in its paper."""
+    """Averages padded factors and sends each user the ranks it has a place for. The users' scales α/√r don't count, as
+    in its paper."""
 
     def merge(self, answers: list[Message], weights: list[float]) -> Message:
         """Ranks that nobody who answered has stay as they are."""
@@ -168,7 +159,7 @@ class HetLoRA(Server):
             merged[name][:mean.shape[0], :mean.shape[1]] = mean
         return merged
 
-    def cut(self, shapes: dict[str, torch.Size]) -> Message:
+    def give(self, shapes: dict[str, torch.Size]) -> Message:
         return {name: fit(self.generalists[name], shape) for name, shape in shapes.items()}
 
 
@@ -179,9 +170,9 @@ class FlexLoRA(HetLoRA):
     def merge(self, answers: list[Message], weights: list[float]) -> Message:
         return flexlora_average(answers, weights)
 
-    def cut(self, shapes: dict[str, torch.Size]) -> Message:
+    def give(self, shapes: dict[str, torch.Size]) -> Message:
         return {name: tensor / LowRank.scale_of(tensor.shape[1]) if name.endswith(".B") else tensor
-                for name, tensor in super().cut(shapes).items()}
+                for name, tensor in super().give(shapes).items()}
 
 
 def kept(rank: int) -> int:
@@ -212,9 +203,9 @@ class Shrinking(Level):
 class SelfPruning(User):
     """HetLoRA's device: where the tail is smaller after a round's work than before it, it is cut off for good."""
 
-    def learn(self, plan: Alternation) -> float:
+    def learn(self, rhythm: Rhythm) -> float:
         before = tail(self.model).item()
-        loss = super().learn(plan)
+        loss = super().learn(rhythm)
         if tail(self.model).item() < before:
             self.prune()
         return loss
@@ -247,6 +238,22 @@ class Method:
     router_level: type[Level] = Level
     user: type[User] = User
     server: type[Server] = Server
+
+    def check(self, settings: "Settings") -> None:  # noqa: F821
+        """Raises BadInput where a run of these settings can't be one of this method."""
+        lora, both = settings.expert == "lora", settings.generalists and min(settings.specialists)
+        sizes, ranks = len(set(settings.specialists)), len(set(settings.lora_rank))
+        for wrong, message in (
+            (self.needs == "lora" and not lora, "is about low-rank changes; give `expert` lora, and a base"),
+            (self.needs == "both" and not both, "needs both kinds of experts; give each user at least 1 of each"),
+            (self.sizes == "nothing" and sizes > 1, "needs users of one size; give one number of `specialists`"),
+            (self.sizes != "ranks" and lora and ranks > 1, "averages the users' changes; give one `lora_rank` for all"),
+            (settings.clip_update and self.server is not Server, "doesn't average updates; leave `clip_update` out"),
+            (settings.dp_noise and self.roles.get(SPECIALIST) == GENERALIST and sizes > 1,
+             "averages experts that not all users have; with `dp_noise` give one number of `specialists` for all"),
+        ):
+            if wrong:
+                raise BadInput(f"`method` {settings.method}: {message}")
 
 
 SHARED, OWN = {SPECIALIST: GENERALIST}, {GENERALIST: SPECIALIST}

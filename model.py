@@ -1,8 +1,8 @@
 """The network: a GPT in which every feed-forward block is a top-k mixture of experts.
 
 Read it from top to bottom: the configuration, low-rank changes, attention, the router, the two kinds of experts, the
-block, the loss, the whole. Nothing here knows about users, rounds or levels; the model only says which role each
-parameter has.
+mixture, the block, the whole. Nothing here knows about users, rounds or levels; the model only says which role each of
+its parameters has.
 
     python -m pytest tests/test_model.py
 
@@ -13,7 +13,6 @@ E experts in a layer, k of them chosen for a token, r the rank of their changes.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import base
+from support import kernels
 
 # What a parameter is for. Averaged? Trained, and on which text? Counted? Saved? All of it is read off the role.
 BACKBONE, GENERALIST, SPECIALIST, ROUTER = ROLES = ("backbone", "generalist", "specialist", "router")
@@ -29,7 +28,7 @@ BACKBONE, GENERALIST, SPECIALIST, ROUTER = ROLES = ("backbone", "generalist", "s
 
 @dataclass
 class GPTConfig:
-    """All that shapes a model; the names are those of the command line."""
+    """Everything that shapes a model; the names are those of the command line. Raises ValueError."""
 
     vocab_size: int
     block_size: int = 64
@@ -43,18 +42,24 @@ class GPTConfig:
     expert: str = "mlp"  # a key of EXPERTS
     lora_rank: int = 8  # r, of "lora"
     gelu: str = "none"  # F.gelu's approximation; GPT-2's weights want "tanh"
-    roles: dict[str, str] = field(default_factory=dict)  # a method's changes: {"specialist": "generalist"}, or of the
-    # factors of low-rank changes, {"A": "backbone"}
+    roles: dict[str, str] = field(default_factory=dict)  # a method's changes: {"specialist": "generalist"}; the factors
+    # of low-rank changes can have roles of their own: {"A": "backbone"}
+    fast: bool = True  # False: the plain forms of this file, without support/kernels.py
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        if self.generalists + self.specialists < 1:
+        if self.n_experts < 1:
             raise ValueError("a layer needs an expert: generalists + specialists is 0")
 
     @property
+    def n_experts(self) -> int:
+        """E = G + S."""
+        return self.generalists + self.specialists
+
+    @property
     def expert_roles(self) -> list[str]:
-        """The role of each of a layer's E = G + S experts, in order."""
+        """The role of each of a layer's experts, in order."""
         natural = [GENERALIST] * self.generalists + [SPECIALIST] * self.specialists
         return [self.roles.get(role, role) for role in natural]
 
@@ -64,16 +69,9 @@ class GPTConfig:
         return BACKBONE if self.expert == "lora" else GENERALIST
 
 
-class Embedding(nn.Embedding):
-    def __init__(self, n: int, config: GPTConfig):
-        super().__init__(n, config.n_embd)
-        self.role = config.trunk_role
-
-
-class Norm(nn.LayerNorm):
-    def __init__(self, config: GPTConfig):
-        super().__init__(config.n_embd)
-        self.role = config.trunk_role
+def having_role(role: str, module: nn.Module) -> nn.Module:
+    module.role = role
+    return module
 
 
 class LowRank(nn.Module):
@@ -114,7 +112,7 @@ Past = list[Tensor]  # a layer's keys and values of earlier tokens, (B, H, token
 
 
 class Attention(nn.Module):
-    """Causal self-attention with H heads: (B, T, C) -> (B, T, C). Behind a past, T is 1; the past grows by T."""
+    """Causal self-attention with H heads: (B, T, C) -> (B, T, C). The T tokens follow the past, which grows by them."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -130,9 +128,13 @@ class Attention(nn.Module):
         B, T, C = x.shape
         heads = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, H, T, C/H) each
+        if past:
+            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)  # (B, H, past + T, C/H)
         if past is not None:
-            past[:] = k, v = [torch.cat(pair, 2) for pair in zip(past, (k, v), strict=True)] if past else (k, v)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=k.shape[2] == T)  # (B, H, T, C/H)
+            past[:] = [k, v]
+        S = k.shape[2]  # the last token sees all S, each token before it one less
+        mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S)  # (B, H, T, C/H)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -168,9 +170,8 @@ class Router(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        E = len(config.expert_roles)
-        self.top_k = min(config.top_k, E)
-        self.scores = nn.Linear(config.n_embd, E, bias=False)
+        self.top_k = min(config.top_k, config.n_experts)
+        self.scores = nn.Linear(config.n_embd, config.n_experts, bias=False)
 
     def forward(self, x: Tensor) -> Routing:
         scores = self.scores(x)  # (N, E)
@@ -180,9 +181,9 @@ class Router(nn.Module):
         return Routing(highest.softmax(-1), chosen, scores)  # a softmax over the chosen only
 
 
-def fixed(x: Tensor, weights: list[float]) -> Routing:
-    """In the place of a router: every token goes to all experts, with the same weights."""
-    gates = x.new_tensor(weights).expand(len(x), -1)  # (N, E)
+def given(x: Tensor, weights: Tensor) -> Routing:
+    """Instead of a router: every token goes to all experts, with the same weights (E,)."""
+    gates = weights.to(x).expand(len(x), -1)  # (N, E)
     return Routing(gates, everyone(gates))
 
 
@@ -204,6 +205,14 @@ def by_expert(routing: Routing, E: int) -> tuple[Tensor, Tensor, Tensor, list[in
     return order // routing.chosen.shape[1], chosen[order], gates, chosen.bincount(minlength=E).tolist()
 
 
+def dense_gates(routing: Routing, E: int) -> Tensor:
+    """The weight of every expert for every token, 0 where not chosen: (N, E).
+
+    gates [[.7, .3]], chosen [[2, 0]], E = 3 -> [[.3, 0, .7]]
+    """
+    return routing.gates.new_zeros(len(routing.gates), E).scatter(1, routing.chosen, routing.gates)
+
+
 class MLPExperts(nn.ModuleList):
     """E separate feed-forward blocks and their mixture y = Σ_{e chosen} gate_e · expert_e(x): (N, C) -> (N, C)."""
 
@@ -219,14 +228,6 @@ class MLPExperts(nn.ModuleList):
         return torch.zeros_like(x).index_add(0, token, gates * outputs)
 
 
-def dense_gates(routing: Routing, E: int) -> Tensor:
-    """The weight of every expert for every token, 0 where not chosen: (N, E).
-
-    gates [[.7, .3]], chosen [[2, 0]], E = 3 -> [[.3, 0, .7]]
-    """
-    return routing.gates.new_zeros(len(routing.gates), E).scatter(1, routing.chosen, routing.gates)
-
-
 class LoRAExpert(nn.Module):
     """One expert: low-rank changes of both matrices of a feed-forward block."""
 
@@ -240,84 +241,48 @@ class LoRAExperts(nn.Module):
     """E low-rank changes of one frozen feed-forward block U, D, and their mixture: (N, C) -> (N, C).
 
         expert_e(x) = (D + s·B'_e A'_e) h_e,    h_e = gelu((U + s·B_e A_e) x),    s = α/√r
-        y = Σ gate_e · expert_e(x) = D Σ gate_e·h_e + Σ s·B'_e (A'_e gate_e·h_e),    over the chosen e
+        y = Σ gate_e · expert_e(x) = D Σ gate_e·h_e + Σ s·B'_e A'_e (gate_e·h_e),    over the chosen e
 
     The frozen U and D are applied once to a token, however many experts it goes to.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        self.fast = config.fast
         self.block = Expert(config, BACKBONE)
         self.changes = nn.ModuleList(LoRAExpert(config, role) for role in config.expert_roles)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        ups, downs = [change.up for change in self.changes], [change.down for change in self.changes]
-        N, E, r, s = len(x), len(ups), len(ups[0].A), ups[0].scale
-        token, expert, gates, counts = by_expert(routing, E)
-        own = token * E + expert  # (N·k,) the row of each pair among those of all N·E
-        z = F.linear(x, torch.cat([up.A for up in ups])).view(N * E, r).index_select(0, own)  # (N·k, r)
-        hidden, z = ChangedHidden.apply(  # (N, 4C), (N·k, r)
-            self.block.up(x), s * z, gates, token, counts, self.block.gelu.approximate,
-            torch.stack([up.B for up in ups]), torch.stack([down.A for down in downs]))
-        z = z.new_zeros(N * E, r).index_add(0, own, s * z).view(N, E * r)
-        return self.block.down(hidden) + F.linear(z, torch.cat([down.B for down in downs], 1))
-
-
-class ChangedHidden(torch.autograd.Function):
-    """Σ gate_e·h_e and A_e (gate_e·h_e) of the hidden activations h_e = gelu(up + B_e z_e), over a token's experts e.
-
-    up (N, 4C), z (N·k, r), gates (N·k, 1), token (N·k,), B (E, 4C, r), A (E, r, 4C) -> (N, 4C), (N·k, r); pairs stand
-    as in by_expert. The gradients are written by hand, an expert at a time, because this is where autograd would make
-    and keep many tensors of N·k·4C numbers. None is kept: h_e is made anew. There are no second derivatives here.
-    """
-
-    @staticmethod
-    def forward(ctx, up, z, gates, token, counts, gelu, B, A):
-        z, gates, B, A = (tensor.to(up.dtype) for tensor in (z, gates, B, A))
-        hidden, low = torch.zeros_like(up), torch.empty_like(z)
-        pairs = [slice(end - n, end) for n, end in zip(counts, accumulate(counts), strict=True)]  # of each expert
-        for e, own in enumerate(pairs):
-            u = up.index_select(0, token[own]).addmm_(z[own], B[e].t())  # (n_e, 4C)
-            h = F.gelu(u, approximate=gelu).mul_(gates[own])
-            hidden.index_add_(0, token[own], h)
-            low[own] = h @ A[e].t()
-        ctx.save_for_backward(up, z, gates, token, B, A)
-        ctx.pairs, ctx.gelu = pairs, gelu
-        return hidden, low
-
-    @staticmethod
-    def backward(ctx, d_hidden, d_low):
-        up, z, gates, token, B, A = ctx.saved_tensors
-        d_up, d_z, d_gates, d_B, d_A = map(torch.zeros_like, (up, z, gates, B, A))
-        for e, own in enumerate(ctx.pairs):
-            u = up.index_select(0, token[own]).addmm_(z[own], B[e].t())
-            h = F.gelu(u, approximate=ctx.gelu)
-            d_h = d_hidden.index_select(0, token[own]).addmm_(d_low[own], A[e])  # (n_e, 4C), of gate·h
-            d_gates[own] = (d_h * h).sum(1, keepdim=True)
-            d_A[e] = (gates[own] * d_low[own]).t() @ h
-            d_u = torch.ops.aten.gelu_backward(d_h.mul_(gates[own]), u, approximate=ctx.gelu)
-            d_up.index_add_(0, token[own], d_u)
-            d_z[own] = d_u @ B[e]
-            d_B[e] = (z[own].t() @ d_u).t()
-        return d_up, d_z, d_gates, None, None, None, d_B, d_A
+        E = len(self.changes)
+        if self.fast:  # the same, by chosen experts only
+            return kernels.low_rank_mixture(x, self.block, self.changes, *by_expert(routing, E))
+        gates = dense_gates(routing, E)[:, :, None].unbind(1)  # E × (N, 1)
+        up = self.block.up(x)  # U x: (N, 4C)
+        hidden = [gate * self.block.gelu(up + change.up(x)) for gate, change in zip(gates, self.changes, strict=True)]
+        low = [change.down(h) for change, h in zip(self.changes, hidden, strict=True)]
+        return self.block.down(sum(hidden)) + sum(low)
 
 
 EXPERTS = {"mlp": MLPExperts, "lora": LoRAExperts}  # kinds of experts: a module (x, routing) -> y
 
 
 class MoE(nn.Module):
-    """The mixture in the place of the feed-forward block: (B, T, C) -> (B, T, C), and how it routed."""
+    """The mixture in place of the feed-forward block: (B, T, C) -> (B, T, C), and how it routed.
+
+    weights (E,): gates that stand in for the router's, the same for every token.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        E = len(config.expert_roles)
         self.router = Router(config) if config.routed else None
-        self.weights = None if config.routed else [1 / E] * E  # of the experts; while there are any, nothing is routed
         self.experts = EXPERTS[config.expert](config)
+        self.n_experts = config.n_experts
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Routing]:
         tokens = x.flatten(0, 1)  # (N, C)
-        routing = fixed(tokens, self.weights) if self.weights else self.router(tokens)
+        if weights is None and self.router is None:
+            weights = torch.full((self.n_experts,), 1 / self.n_experts)
+        routing = self.router(tokens) if weights is None else given(tokens, weights)
         return self.experts(tokens, routing).view_as(x), routing
 
 
@@ -326,51 +291,15 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.attention_norm = Norm(config)
+        self.attention_norm = having_role(config.trunk_role, nn.LayerNorm(config.n_embd))
         self.attention = Attention(config)
-        self.moe_norm = Norm(config)
+        self.moe_norm = having_role(config.trunk_role, nn.LayerNorm(config.n_embd))
         self.moe = MoE(config)
 
-    def forward(self, x: Tensor, past: Past | None = None) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, weights: Tensor | None = None, past: Past | None = None) -> tuple[Tensor, Routing]:
         x = x + self.attention(self.attention_norm(x), past)
-        y, routing = self.moe(self.moe_norm(x))
+        y, routing = self.moe(self.moe_norm(x), weights)
         return x + y, routing
-
-
-class HeadLoss(torch.autograd.Function):
-    """The mean cross-entropy of a head's logits, a chunk of positions at a time, so that they never exist all at once.
-
-    hidden (N, C), weight (V, C), targets (N,) -> () in nats. Where `learning`, the gradients are made along with the
-    loss, while a chunk's logits are there: ∂loss/∂logits = (softmax(logits) − onehot(target)) / N. A frozen head gets
-    none. There are no second derivatives here.
-    """
-
-    LOGITS = 2 ** 23  # in a chunk, at most
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, learning: bool) -> Tensor:
-        learns, head_learns = (learning and needed for needed in ctx.needs_input_grad[:2])
-        loss, d_hidden = hidden.new_zeros(()), torch.zeros_like(hidden)
-        d_weight = torch.zeros_like(weight) if head_learns else None
-        rows = max(1, HeadLoss.LOGITS // len(weight))
-        for h, dh, target in zip(hidden.split(rows), d_hidden.split(rows), targets[:, None].split(rows), strict=True):
-            logits = F.linear(h, weight).to(h.dtype)  # (n, V), from here on in place
-            logits -= logits.amax(1, keepdim=True)
-            loss -= logits.gather(1, target).sum()
-            Z = logits.exp_().sum(1, keepdim=True)  # (n, 1); softmax = exp(logits) / Z
-            loss += Z.log().sum()
-            if learns:
-                dh += (logits @ weight) / Z - weight[target[:, 0]]
-            if head_learns:
-                d_weight.addmm_(logits.t(), h / Z).index_add_(0, target[:, 0], -h)
-        ctx.save_for_backward(d_hidden, d_weight)
-        return loss / len(hidden)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        d_hidden, d_weight = ctx.saved_tensors
-        scale = gradient / len(d_hidden)  # the mean's 1/N
-        return scale * d_hidden, None if d_weight is None else scale * d_weight, None, None
 
 
 def precision(x: Tensor) -> torch.autocast:
@@ -378,31 +307,15 @@ def precision(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda)
 
 
-GPT2_NAMES = {
-    "tokens": "wte", "positions": "wpe", "norm": "ln_f", "attention_norm": "ln_1", "attention.qkv": "attn.c_attn",
-    "attention.out": "attn.c_proj", "moe_norm": "ln_2", "up": "mlp.c_fc", "down": "mlp.c_proj",
-}
-
-
-def gpt2_name(name: str) -> str | None:
-    """What GPT-2 calls a parameter; None for those that it doesn't have. All experts are its one feed-forward block.
-
-    gpt2_name("blocks.3.moe.experts.0.up.bias") -> "h.3.mlp.c_fc.bias"
-    """
-    match = re.fullmatch(r"(?:blocks\.(\d+)\.)?(?:moe\.experts\.\w+\.)?([\w.]+)\.(weight|bias)", name)
-    if match is None or match[2] not in GPT2_NAMES:
-        return None
-    layer, part, kind = match.groups()
-    return f"{f'h.{layer}.' if layer else ''}{GPT2_NAMES[part]}.{kind}"
-
-
 class GPT(nn.Module):
     """The language model of one user.
 
     model(idx) -> (logits (B, T, V), None); model(idx, targets) -> (None, mean cross-entropy in nats).
-    idx and targets: (B, T) token numbers, T at most `block_size`. `pretrained` are tensors under GPT-2's names, as in
-    base.Base: frozen ones are taken as they are, so that models on the same base hold them once; of the others the
-    model gets copies. `generator` draws the initial weights that aren't among them.
+    idx and targets: (B, T) token numbers, T at most `block_size`. gates: weights (L, E) that stand in for the routers'.
+
+    `pretrained` are tensors under the names that they have in a plain GPT (`plain_name`). Frozen ones are taken as they
+    are, so that models on the same base hold them once; of the others the model gets copies. `generator` draws the
+    initial weights that aren't among them.
     """
 
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None,
@@ -410,38 +323,47 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         with torch.device("meta"):  # shapes only; `initialize` brings the numbers
-            self.tokens = Embedding(config.vocab_size, config)  # also the head: tied
-            self.positions = Embedding(config.block_size, config)
+            C, role = config.n_embd, config.trunk_role
+            self.tokens = having_role(role, nn.Embedding(config.vocab_size, C))  # also the head: tied
+            self.positions = having_role(role, nn.Embedding(config.block_size, C))
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-            self.norm = Norm(config)
+            self.norm = having_role(role, nn.LayerNorm(C))
         self.roles = self.find_roles()
         self.initialize(generator, pretrained or {})
 
     @classmethod
     def from_pretrained(cls, name_or_file: str | Path, generator: torch.Generator | None = None,
                         **overrides) -> "GPT":
-        """A model that starts as a pretrained one: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a file (see base.load).
+        """A model that starts as a pretrained one: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a file.
 
         overrides: fields of GPTConfig, such as expert="lora". The first logits are the base's, whatever the experts.
         Raises ValueError, one line, where there is no such model.
         """
-        start = base.load(name_or_file, overrides.get("block_size"), overrides.get("n_head"))
-        for name in ("vocab_size", "n_layer", "n_embd"):
-            if overrides.get(name, start.config[name]) != start.config[name]:
-                raise ValueError(f"{name} {overrides[name]}: {name_or_file} has {start.config[name]}; leave it out")
+        from support import pretrained
+        start = pretrained.load(name_or_file, **overrides)
         return cls(GPTConfig(**start.config | overrides), generator, start.tensors)
+
+    @staticmethod
+    def plain_name(name: str) -> str:
+        """A parameter's name in a GPT without a mixture, whose one feed-forward block all experts start from.
+
+        plain_name("blocks.3.moe.experts.0.up.bias") -> "blocks.3.moe.up.bias"
+        """
+        return re.sub(r"\.experts\.\w+", "", name)
 
     def initialize(self, generator: torch.Generator | None, pretrained: dict[str, Tensor]) -> None:
         """Every parameter's first numbers: the pretrained ones, else `fresh` ones."""
-        numbers = {}
+        numbers, self.borrowed = {}, set()  # names of the base's own tensors
         for name, parameter in self.named_parameters():
-            source = gpt2_name(name) if pretrained else None
-            if source is None:
+            frozen, source = self.roles[name] == BACKBONE, self.plain_name(name)
+            if source not in pretrained:
                 numbers[name] = self.fresh(name, parameter.shape, generator)
+            elif frozen:
+                numbers[name] = pretrained[source]
+                self.borrowed.add(name)
             else:
-                frozen = self.roles[name] == BACKBONE
-                numbers[name] = pretrained[source] if frozen else pretrained[source].detach().clone()
-            parameter.requires_grad_(self.roles[name] != BACKBONE)
+                numbers[name] = pretrained[source].detach().clone()
+            parameter.requires_grad_(not frozen)
         self.load_state_dict(numbers, assign=True)
 
     def fresh(self, name: str, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
@@ -467,28 +389,28 @@ class GPT(nn.Module):
         assert set(roles.values()) <= set(ROLES)
         return roles
 
-    def own(self) -> dict[str, nn.Parameter]:
-        """All but what is frozen and a base's, by name."""
-        return {name: p for name, p in self.named_parameters()
-                if self.roles[name] != BACKBONE or gpt2_name(name) is None}
-
     def having(self, *roles: str) -> dict[str, nn.Parameter]:
         """The parameters that have one of these roles, by name."""
         return {name: p for name, p in self.named_parameters() if self.roles[name] in roles}
 
-    def trunk(self, idx: Tensor, pasts: list[Past] | None = None) -> tuple[Tensor, list[Routing]]:
+    def own(self) -> dict[str, nn.Parameter]:
+        """The parameters that aren't a base's own, by name."""
+        return {name: p for name, p in self.named_parameters() if name not in self.borrowed}
+
+    def trunk(self, idx: Tensor, gates: Tensor | None = None,
+              pasts: list[Past] | None = None) -> tuple[Tensor, list[Routing]]:
         """All but the head: (B, T) -> hidden states (B, T, C), and each layer's routing of the N tokens.
 
-        pasts: of each layer; if they aren't empty, idx is the one token behind them.
+        pasts: of each layer; the tokens of idx follow what is in them.
         """
         before = pasts[0][0].shape[2] if pasts and pasts[0] else 0
         end = before + idx.shape[1]
         assert self.config.block_size >= end, f"{end} tokens are more than block_size {self.config.block_size}"
         x = self.tokens(idx) + self.positions.weight[before:end]  # (B, T, C)
-        routings = []
+        routings, none = [], [None] * len(self.blocks)
         with precision(x):
-            for block, past in zip(self.blocks, pasts or [None] * len(self.blocks), strict=True):
-                x, routing = block(x, past)
+            for block, weights, past in zip(self.blocks, none if gates is None else gates, pasts or none, strict=True):
+                x, routing = block(x, weights, past)
                 routings.append(routing)
         return self.norm(x), routings
 
@@ -497,29 +419,33 @@ class GPT(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of targets (B, T), given hidden states (B, T, C)."""
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()  # (N, C), (N,)
         with precision(hidden):
-            return HeadLoss.apply(hidden.flatten(0, 1), self.tokens.weight, targets.flatten(), torch.is_grad_enabled())
+            if self.config.fast:  # the same, without all logits at once
+                return kernels.head_loss(hidden, self.tokens.weight, targets)
+            return F.cross_entropy(self.logits(hidden), targets)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-        hidden, _ = self.trunk(idx)
+    def forward(self, idx: Tensor, targets: Tensor | None = None,
+                gates: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        hidden, _ = self.trunk(idx, gates)
         if targets is None:
             return self.logits(hidden), None
         return None, self.loss(hidden, targets)
 
-    def generate(self, idx: Tensor, n: int, *how, **more) -> Tensor:
-        """idx and n sampled tokens behind it, as `stream` makes them: (B, T) -> (B, T + n)."""
-        return torch.cat([idx, *self.stream(idx, n, *how, **more)], 1)
+    def generate(self, idx: Tensor, n: int, **how) -> Tensor:
+        """idx and n sampled tokens after it, as `stream` makes them: (B, T) -> (B, T + n)."""
+        return torch.cat([idx, *self.stream(idx, n, **how)], 1)
 
     @torch.no_grad()
     def stream(self, idx: Tensor, n: int, temperature: float = 1.0, top_k: int | None = None,
-               generator: torch.Generator | None = None, cache: bool = True,
-               vocabulary: int | None = None) -> Iterator[Tensor]:
-        """Sample n tokens behind idx (B, T), (B, 1) each. Temperature 0 takes the likeliest token. vocabulary: how many
+               generator: torch.Generator | None = None, cache: bool = True, vocabulary: int | None = None,
+               gates: Tensor | None = None) -> Iterator[Tensor]:
+        """Sample n tokens after idx (B, T), (B, 1) each. Temperature 0 takes the likeliest token. vocabulary: how many
         tokens there are, where a tokenizer has fewer than the model.
 
-        What a token sees begins at the text's beginning; whenever that is further back than block_size, it moves on by
-        half of that. In between, keys and values are kept, so that a token is computed once; without the cache, all
-        that it sees is computed for each token anew, to the same end.
+        What a token sees begins where the text begins, until that is more than block_size away; then the beginning
+        moves on by half of that. In between, keys and values are kept, so that a token is computed once. Without the
+        cache everything that a token sees is computed anew, with the same result.
         """
         half, start, pasts = (self.config.block_size + 1) // 2, 0, [[] for _ in self.blocks]
         unread = idx  # (B, t)
@@ -527,7 +453,7 @@ class GPT(nn.Module):
             if idx.shape[1] - start > self.config.block_size or not cache:
                 start = max(0, -(-(idx.shape[1] - self.config.block_size) // half) * half)
                 unread, pasts = idx[:, start:], [[] for _ in self.blocks]
-            hidden, _ = self.trunk(unread, pasts)
+            hidden, _ = self.trunk(unread, gates, pasts)
             logits = self.logits(hidden[:, -1])[:, :vocabulary].float()  # (B, V)
             logits -= logits.amax(1, keepdim=True)
             if top_k is not None:

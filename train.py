@@ -6,47 +6,45 @@
     python train.py --help
 
 A run's folder holds config.json (settings, versions), metrics.jsonl (a line per user and evaluation), checkpoint.pt and
-previous.pt (states to go on from, for torch.load with weights_only=True) and, once it is through, result.json.
+previous.pt (states to continue from, for torch.load with weights_only=True) and, once it has ended, result.json.
 """
 
-import json
 import math
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import base
 import data
-import page
-import plots
-import ranks
-import runs
-from base import Base
-from bilevel import Alternation, constant, cosine, evaluate
-from data import BadInput, Diverged, Text
+from bilevel import Rhythm, constant, cosine, evaluate
+from data import Text
 from federated import Server, User, federated_round
-from files import read_json, write_json
 from methods import METHODS
 from model import BACKBONE, GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig
-from settings import SCRATCH, Settings, Training, flags, parse_given, refuse_rest, status_of
+from support import folder, page, plots, pretrained, processes
+from support.errors import BadInput, Diverged
+from support.files import write_json
+from support.folder import Folder
+from support.guard import Guard
+from support.pretrained import Base
+from support.settings import SCRATCH, Settings, Training, check_device, given_in, plain, refuse, refuse_rest, status_of
 
 DIVERGED = 100.0  # nats; guessing at random costs less than 11, with GPT-2's vocabulary
 
 
-# --- from settings to users ------------------------------------------------------------------------------------------
+# --- build: from settings to a server and users ----------------------------------------------------------------------
 
 def blank(settings: Training, tokenizer: str) -> Base:
-    """Where a model from scratch starts: a shape without tensors."""
+    """Where a model from scratch starts: a shape without tensors. Raises BadInput."""
     shape = {name: getattr(settings, name) or default for name, default in SCRATCH.items()}
     if shape["n_embd"] % shape["n_head"]:
-        raise BadInput(f"--n-embd {shape['n_embd']}: not divisible by --n-head {shape['n_head']}; change one of them")
+        raise BadInput(f"`n_embd` {shape['n_embd']}: not divisible by `n_head` {shape['n_head']}; change one of them")
     config = {"vocab_size": data.tokenizer(tokenizer).n_vocab, "block_size": settings.block_size, **shape}
     return Base("scratch", "", {}, config, tokenizer)
 
@@ -55,18 +53,12 @@ def starting_point(settings: Settings) -> Base:
     """Where the models start: a pretrained GPT, or from scratch. Raises BadInput."""
     if settings.init_from == "scratch":
         return blank(settings, settings.tokenizer or "bytes")
-    for name in ("n_layer", "n_embd"):
-        if getattr(settings, name):
-            flags(Settings)[name].refuse(getattr(settings, name), "--init-from has its own", "leave it out")
-    try:
-        start = base.load(settings.init_from, settings.block_size, settings.n_head)
-    except ValueError as error:
-        raise BadInput(f"--init-from {error}") from None
-    tokenizer = settings.tokenizer or start.tokenizer or "gpt2"
-    if tokenizer != (start.tokenizer or tokenizer) or data.tokenizer(tokenizer).n_vocab > start.config["vocab_size"]:
-        raise BadInput(f"--tokenizer {tokenizer}: not the one that --init-from {settings.init_from} was trained with; "
-                       "take the other")
-    return replace(start, tokenizer=tokenizer)
+    start = pretrained.load(settings.init_from, settings.block_size, settings.n_head)
+    name = settings.tokenizer or start.tokenizer or "gpt2"
+    if name != (start.tokenizer or name) or data.tokenizer(name).n_vocab > start.config["vocab_size"]:
+        raise BadInput(f"`tokenizer` {name}: not the one that `init_from` {settings.init_from} was trained with; take "
+                       "the other")
+    return replace(start, tokenizer=name)
 
 
 def build_model(settings: Settings, start: Base, specialists: int, rank: int, owner: str) -> GPT:
@@ -81,7 +73,7 @@ def build_model(settings: Settings, start: Base, specialists: int, rank: int, ow
     return model
 
 
-def crowd(settings: Settings) -> tuple[int, int]:
+def called_of(settings: Settings) -> tuple[int, int]:
     """How many users there are, and how many of them are called in a round."""
     total = 1 if METHODS[settings.method].pooled else settings.users
     return total, max(1, round(settings.participation * total))
@@ -92,17 +84,16 @@ def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> 
     method = METHODS[settings.method]
 
     def batches(splits: tuple[str, ...], purpose: str) -> data.RandomWindows:
-        return data.RandomWindows([data.joined([getattr(text, split) for split in splits]) for text in texts],
+        return data.RandomWindows([data.joined(text, splits) for text in texts],
                                   [data.seeded(settings.seed, text.name, purpose) for text in texts],
                                   settings.batch_size, settings.block_size, settings.device)
 
     def judge() -> Iterator[data.Batch]:
-        valid = data.joined([text.valid for text in texts])
-        return data.spread_windows(valid, 32, settings.block_size, settings.device)
+        return data.spread_windows(texts[0].valid, 32, settings.block_size, settings.device)
 
-    seen = ("train", "valid") if settings.experts_see == "both" else ("train",)
-    total, count = crowd(settings)
+    total, count = called_of(settings)
     steps = max(1, round(settings.rounds * count / total)) * settings.local_steps  # as many as it may expect
+    seen = ("train", "valid") if settings.experts_see == "both" else ("train",)
     lower = method.level(model.having(GENERALIST, SPECIALIST), batches(seen, "train"), settings.lr,
                          settings.weight_decay, cosine(steps, min(settings.warmup, steps // 5)))
     router = model.having(ROUTER)
@@ -112,141 +103,135 @@ def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> 
     return method.user(name, model, lower, upper, weight, judge)
 
 
-def build(settings: Settings, start: Base, texts: list[Text]) -> tuple[Server, list[User]]:
+def build(settings: Settings, start: Base, texts: list[Text]) -> tuple[Guard, list[User]]:
     """The server, and this process's users: one for each text, or a single one for all if the method pools them."""
     method = METHODS[settings.method]
     largest = max(settings.specialists), max(settings.lora_rank)
     common = build_model(settings, start, *largest, "server")
-    kind = method.server if ranks.count() == 1 else ranks.Together
-    server = kind(common.having(GENERALIST), bound=settings.clip_update, noise=settings.dp_noise,
-                  generator=data.seeded(settings.seed, "noise"))
+    kind = method.server if processes.count() == 1 else processes.Together
+    server = Guard(kind(common.having(GENERALIST)), settings.clip_update, settings.dp_noise,
+                   data.seeded(settings.seed, "noise"))
     if method.pooled:
         return server, [build_user(settings, "everyone", build_model(settings, start, *largest, "everyone"), texts)]
-    sizes = ranks.own(list(zip(settings.specialists, settings.lora_rank, strict=True)))
-    texts = ranks.own(texts)
-    models = [build_model(settings, start, *size, text.name) for text, size in zip(texts, sizes, strict=True)]
-    frozen = common.having(BACKBONE)
-    for model in models:  # what is frozen is the same for all, if it isn't pretrained either
-        model.load_state_dict({name: frozen[name] for name in model.having(BACKBONE)}, strict=False, assign=True)
-    return server, [build_user(settings, text.name, model, [text]) for text, model in zip(texts, models, strict=True)]
+    users = []
+    for text, *size in processes.own(list(zip(texts, settings.specialists, settings.lora_rank, strict=True))):
+        model = build_model(settings, start, *size, text.name)
+        frozen = {name: p for name, p in common.having(BACKBONE).items() if name in model.having(BACKBONE)}
+        model.load_state_dict(frozen, strict=False, assign=True)  # the same for all, if it isn't pretrained either
+        users.append(build_user(settings, text.name, model, [text]))
+    return server, users
 
 
-# --- the run ---------------------------------------------------------------------------------------------------------
+# --- the run: rounds, evaluations, a result --------------------------------------------------------------------------
 
 class Run:
-    """A whole run: play() plays the rounds and writes the folder. Raises BadInput."""
+    """A run that is ready to be played, from its beginning or from a checkpoint. Raises BadInput."""
 
     def __init__(self, settings: Settings):
-        self.start = time.perf_counter()
-        self.settings = settings
+        self.settings, self.start = settings, time.perf_counter()
+        check_device(settings.device)
+        for name, package in (("plot", "matplotlib"), ("tensorboard", "tensorboard")):
+            if getattr(settings, name):
+                plots.need(package, name)
         self.base = starting_point(settings)
-        self.texts = load_texts(settings, self.base.tokenizer)
+        self.texts = data.load(settings, data.tokenizer(self.base.tokenizer))
         self.server, self.users = build(settings, self.base, self.texts)
-        pooled = METHODS[settings.method].pooled
-        self.own_texts = ranks.own(self.texts)
-        self.learners = self.users * len(self.texts) if pooled else self.users  # whose model a text is tested on
-        opened = runs.open_folder(settings, self.base, self.texts) if ranks.rank() == 0 else (None, None)
-        self.folder, self.lock = ranks.gathered([opened[0]])[0], opened[1]
+        learners = self.users * len(self.texts) if METHODS[settings.method].pooled else self.users
+        self.tested = list(zip(learners, processes.own(self.texts), strict=True))  # whose model is tested on which text
+        self.first = processes.index() == 0  # of several processes, the first writes
+        self.folder = Folder(settings, folder.config_of(settings, self.base, self.texts)) if self.first else None
         self.done, self.before, self.stopping = 0, None, False  # rounds, test losses at the start, asked to stop
-        if settings.resume:
-            self.go_on()
-        self.board = plots.board(self.folder) if settings.tensorboard and ranks.rank() == 0 else None
-
-    def go_on(self) -> None:
-        """Take up the newest checkpoint. Raises BadInput."""
-        if (self.folder / "result.json").exists():
-            raise BadInput(f"--resume: the run in {self.folder} is through; --overwrite starts anew")
-        first = ranks.rank() == 0
-        try:
-            made_with = json.loads(json.dumps(runs.config_of(self.settings, self.base, self.texts)))
-            config = read_json(self.folder / "config.json")
-            for name, what in (("base", "--init-from"), ("texts", "--data")):
-                if config[name] != made_with[name]:
-                    raise BadInput(f"{what}: isn't any more what the run in {self.folder} began with; bring it back, "
-                                   "or start anew with --overwrite")
-            if state := runs.newest(self.folder, self.settings.device, clean=first):
-                runs.restore(state["server"], ranks.own(state["users"]), self.server, self.users)
-                self.done, self.before = state["round"], state["test_start"]
-                self.start -= state["seconds"]
-            if first:
-                runs.forget_later(self.folder, self.done if state else -1)
-            else:
-                self.server.refused = []  # rank 0 has them
-        except (KeyError, ValueError, TypeError, FileNotFoundError) as error:
-            raise BadInput(f"--resume: what is in {self.folder} is damaged or of another version ({error!r}); start "
-                           "anew with --overwrite") from None
+        state = processes.gathered([self.folder.continued() if self.first else None])[0] if settings.resume else None
+        if state:
+            folder.restore(state["server"], processes.own(state["users"]), self.server, self.users)
+            self.server.refused = self.server.refused if self.first else []  # the first process has everyone's
+            self.done, self.before = state["round"], processes.own(state["test_start"])
+            self.start -= state["seconds"]
+        self.board = plots.board(self.folder.path) if settings.tensorboard and self.first else None
 
     def play(self, bar: tqdm) -> dict:
-        """Returns what result.json holds. Moves the bar by `users` in each round. Raises KeyboardInterrupt behind a
-        round, with a checkpoint, if it is to stop."""
-        settings = self.settings
-        plan = Alternation(settings.local_steps, settings.router_every, settings.router_steps)
+        """Play the rounds; returns what result.json holds. Moves the bar by `users` a round. Asked to stop, it ends
+        after a round, with a checkpoint, and raises KeyboardInterrupt."""
+        settings, valid = self.settings, None
+        rhythm = Rhythm(settings.local_steps, settings.router_every, settings.router_steps)
         bar.update(self.done * settings.users)
-        valid = None
         if self.before is None:
+            self.hand_out()
             self.before = self.measure("test")
             self.log(0, {})
         for number in range(self.done + 1, settings.rounds + 1):
             called, lost = self.called(number)
-            losses, refused = {}, len(self.server.refused)
-            for user, loss in federated_round(self.server, called, plan, lost):
-                losses[user] = self.finite(user, loss)
-                bar.update()
-                bar.set_description(f"{settings.method}, round {number}/{settings.rounds}, {user.name}, "
-                                    f"loss {loss:.2f}")
+            refused = len(self.server.refused)
+            losses = federated_round(self.server, self.shown(called, number, bar), rhythm, lost)
             for name, reason in self.server.refused[refused:]:
                 bar.write(f"round {number}: the answer of user {name} was refused: {reason}", file=sys.stderr)
+            for user, loss in losses.items():
+                self.check(user, loss)
             bar.update(settings.users - len(called))  # who weren't called
-            evaluated = number % settings.eval_every == 0 or number == settings.rounds
+            last = number == settings.rounds
+            evaluated = last or number % settings.eval_every == 0
             if evaluated:
+                self.hand_out(counted=last)
                 valid = self.log(number, losses)
-            if any(ranks.gathered([self.stopping])) and number < settings.rounds:
+            if any(processes.gathered([self.stopping])) and not last:
                 if not evaluated:
                     self.save(number)
                 raise KeyboardInterrupt
-        result = self.summarize(self.before, valid or self.measure("valid"), self.measure("test"))
-        if ranks.rank() == 0:
-            write_json(self.folder / "result.json", result)
+        result = self.summarize(valid or self.measure("valid"), self.measure("test"))
+        if self.first:
+            write_json(self.folder.path / "result.json", result)
         return result
 
     def called(self, number: int) -> tuple[list[User], list[User]]:
         """Who is called in a round, and who of them vanishes before it answers; of this process's users."""
         generator = data.seeded(self.settings.seed, "called", number)
-        total, count = crowd(self.settings)
+        total, count = called_of(self.settings)
         chosen = set(torch.randperm(total, generator=generator)[:count].tolist())
         luck = torch.rand(total, generator=generator).tolist()
-        mine = [(user, i) for user, i in zip(self.users, ranks.own(list(range(total))), strict=True) if i in chosen]
+        mine = [(user, i) for user, i in zip(self.users, processes.own(list(range(total))), strict=True) if i in chosen]
         return [user for user, _ in mine], [user for user, i in mine if luck[i] < self.settings.drop_rate]
 
-    def finite(self, user: User, loss: float) -> float:
-        """That loss, if it's one. Raises Diverged."""
+    def shown(self, users: list[User], number: int, bar: tqdm) -> Iterator[User]:
+        """The users, while the bar follows."""
+        for user in users:
+            bar.set_description(f"{self.settings.method}, round {number}/{self.settings.rounds}, {user.name}")
+            yield user
+            bar.update()
+
+    def check(self, user: User, loss: float) -> None:
+        """Raises Diverged."""
         if not loss < DIVERGED:
-            flag = f"--dp-noise {self.settings.dp_noise}" if self.settings.dp_noise else f"--lr {self.settings.lr}"
+            flag = f"`dp_noise` {self.settings.dp_noise}" if self.settings.dp_noise else f"`lr` {self.settings.lr}"
             raise Diverged(f"{flag}: the loss of user {user.name} has grown to {loss:.3g}; take a smaller one")
-        return loss
+
+    def hand_out(self, counted: bool = False) -> None:
+        """Give θ^G to everyone, to be evaluated. Only the last time is this a message; before, a simulation looks at
+        users who needn't have been called."""
+        for user in self.users:
+            message = self.server.give(user.shared)
+            user.receive(message) if counted else user.adopt(message)
+            user.settle()
 
     def measure(self, split: str) -> list[tuple[float, list[float]]]:
         """Of each text: the loss in nats on all of that split, and the generalists' mean gate in each layer."""
         T, measured = self.settings.block_size, []
-        for user, text in zip(self.learners, self.own_texts, strict=True):
-            self.server.deliver(user)
-            user.settle()
+        for user, text in self.tested:
             windows = data.ordered_windows(getattr(text, split), max(1, 1024 // T), T, self.settings.device)
-            loss, gates = evaluate(user.model, windows)  # gates: (L, E)
+            loss, gates = evaluate(user.model, windows, user.gates)  # gates: (L, E)
+            self.check(user, loss)
             generalist = [role == GENERALIST for role in user.model.config.expert_roles]
-            measured.append((self.finite(user, loss), gates[:, generalist].sum(1).tolist()))
-        return ranks.gathered(measured)
+            measured.append((loss, gates[:, generalist].sum(1).tolist()))
+        return measured
 
-    def log(self, number: int, losses: dict[User, float]) -> list:
-        """Measure validation losses after a round, add them to metrics.jsonl, save the checkpoint, return them."""
+    def log(self, number: int, losses: dict[User, float]) -> list[tuple[float, list[float]]]:
+        """After a round: measure validation losses, add them to metrics.jsonl, save a checkpoint, return them."""
         valid = self.measure("valid")
-        lines = ranks.gathered([{
+        lines = processes.gathered([{
             "round": number, "user": text.name, "train_loss": losses.get(user), "valid_loss": loss,
             "generalist_share": share, "bytes_up": user.bytes_up, "bytes_down": user.bytes_down}
-            for text, user, (loss, share) in zip(self.own_texts, self.learners, ranks.own(valid), strict=True)])
-        if ranks.rank() == 0:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+            for (user, text), (loss, share) in zip(self.tested, valid, strict=True)])
+        if self.first:
+            self.folder.log(lines)
         if self.board:
             plots.show_on(self.board, lines)
         self.save(number)
@@ -254,18 +239,19 @@ class Run:
 
     def save(self, number: int) -> None:
         """Write the checkpoint of a round's end."""
-        users = ranks.gathered(runs.states(self.users))
-        refused = [each for mine in ranks.gathered([self.server.refused]) for each in mine]
-        if ranks.rank() == 0:
-            runs.save({"settings": asdict(self.settings), "base": runs.reference(self.base), "round": number,
-                       "test_start": self.before, "seconds": time.perf_counter() - self.start,
-                       "server": self.server.state() | {"refused": refused}, "users": users}, self.folder)
+        users, before = processes.gathered(folder.states(self.users)), processes.gathered(self.before)
+        refused = [each for mine in processes.gathered([self.server.refused]) for each in mine]
+        if self.first:
+            self.folder.save({
+                "settings": plain(self.settings), "base": folder.reference(self.base), "round": number,
+                "test_start": before, "seconds": time.perf_counter() - self.start,
+                "server": self.server.state() | {"refused": refused}, "users": users})
 
-    def summarize(self, before: list, valid: list, after: list) -> dict:
+    def summarize(self, valid: list, after: list) -> dict:
         """What result.json holds."""
         rows = []
-        for text, user, (start, _), (valid_loss, _), (loss, share) in zip(
-                self.own_texts, self.learners, *map(ranks.own, (before, valid, after)), strict=True):
+        for (user, text), (start, _), (valid_loss, _), (loss, share) in zip(
+                self.tested, self.before, valid, after, strict=True):
             config = user.model.config
             rows.append({
                 "name": text.name, "generalists": config.generalists, "specialists": config.specialists,
@@ -275,21 +261,40 @@ class Run:
                 "test_bpb": loss * (len(text.test) - 1) / math.log(2) / text.test_bytes,
                 "trigram_ppl": math.exp(data.trigram_loss(text.train, text.test, config.vocab_size)),
                 "generalist_share": share})
-        rows = ranks.gathered(rows)
-        levels = [level for user in self.users for level in (user.lower, user.upper) if level]
-        totals = ranks.gathered([{
-            "tokens_seen": sum(level.steps * level.batches.tokens_per_batch for level in levels),
-            "bytes_up": sum(user.bytes_up for user in self.users),
-            "bytes_down": sum(user.bytes_down for user in self.users), "refused": len(self.server.refused)}])
+        rows = processes.gathered(rows)
+        counts = processes.gathered([{
+            "tokens_seen": sum(level.steps * level.batches.tokens_per_batch for level in (user.lower, user.upper) if level),
+            "bytes_up": user.bytes_up, "bytes_down": user.bytes_down} for user in self.users])
         return {
             "method": self.settings.method, "seed": self.settings.seed,
             "seconds": round(time.perf_counter() - self.start, 1), "rounds": self.settings.rounds,
-            **{name: sum(each[name] for each in totals) for name in totals[0]},
+            **{name: sum(user[name] for user in counts) for name in counts[0]},
+            "refused": sum(processes.gathered([len(self.server.refused)])),
             **{f"mean_{name}": sum(row[name] for row in rows) / len(rows)
                for name in ("valid_ppl", "test_ppl", "test_bpb")}, "users": rows}
 
+    @contextmanager
+    def stopped_gently(self, bar: tqdm) -> Iterator[None]:
+        """Let the first Ctrl-C end the run after its round, with a checkpoint, and the second one at once."""
+        def stop(*_) -> None:
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = True
+            bar.write("stopping at the end of this round; press Ctrl-C again to stop at once", file=sys.stderr)
 
-def table(result: dict, folder: Path) -> str:
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("continue with: python train.py --resume --out "
+                                    f"{self.folder.path if self.folder else '...'}") from None
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+# --- the table and the command ---------------------------------------------------------------------------------------
+
+def table(result: dict, path: Path) -> str:
     """The result as a person reads it."""
     lines = [f"{'user':<14}{'experts':>9}{'parameters':>12}{'train kB':>10}{'test perplexity':>20}{'trigram':>9}"
              f"{'bits/byte':>11}{'to generalists':>16}"]
@@ -303,85 +308,52 @@ def table(result: dict, folder: Path) -> str:
     lines.append(f"{'mean':<45}{'':>13}{result['mean_test_ppl']:<7.2f}{'':>9}{result['mean_test_bpb']:>11.3f}")
     lines.append(f"{result['method']}, seed {result['seed']}: {result['rounds']} rounds in {result['seconds']:.0f} s; "
                  f"users sent {result['bytes_up'] / 1e6:.1f} MB and received {result['bytes_down'] / 1e6:.1f} MB; "
-                 f"all of it is in {folder}")
+                 f"everything is in {path}")
     return "\n".join(lines)
 
 
-# --- the command ----------------------------------------------------------------------------------------------------
-
 def train(settings: Settings) -> None:
     """Raises BadInput."""
-    ranks.join(settings.device)
-    first = ranks.rank() == 0
+    processes.join(settings)
     run = Run(settings)
     total = settings.rounds * settings.users
-    with tqdm(total=total, unit="user", dynamic_ncols=True, disable=not first) as bar, stop_gently(run, bar):
+    with tqdm(total=total, unit="user", dynamic_ncols=True, disable=not run.first) as bar, run.stopped_gently(bar):
         result = run.play(bar)
-    if not first:
+    if not run.first:
         return
-    print(table(result, run.folder))
+    path = run.folder.path
+    print(table(result, path))
     if settings.plot:
-        plots.plot(page.read_lines(run.folder / "metrics.jsonl"), run.folder / "curves")
-    if run.board:
-        run.board.close()
-    if ranks.count() == 1:
-        page.of_run(run.folder, run.folder / "page.html", settings.title, run.texts,
-                    [user.model for user in run.learners], data.tokenizer(run.base.tokenizer))
-        print(f"what it learned: {run.folder / 'page.html'}")
+        plots.plot(page.read_lines(path / "metrics.jsonl"), path / "curves")
+    if processes.count() == 1:
+        learned = [folder.Learned(user.name, user.model, user.gates) for user, _ in run.tested]
+        page.of_run(path, path / "page.html", settings.title, run.texts, learned, data.tokenizer(run.base.tokenizer))
+        print(f"what it learned: {path / 'page.html'}")
     else:  # the other users' models are elsewhere
-        print(f"what it learned: python sample.py --run {run.folder} --html {run.folder / 'page.html'}")
-
-
-def load_texts(settings: Settings, tokenizer: str) -> list[Text]:
-    """The users' text. Raises BadInput."""
-    return data.load(settings.data, settings.users, settings.train_kb, settings.target, tokenizer, settings.block_size,
-                     settings.short_users, settings.cache, user_field=settings.user_field,
-                     text_field=settings.text_field, source=settings.source)
-
-
-@contextmanager
-def stop_gently(run: Run, bar: tqdm) -> Iterator[None]:
-    """Let the first Ctrl-C end the run after its round, with a checkpoint, and the second one at once."""
-    def stop(*_) -> None:
-        if run.stopping:
-            raise KeyboardInterrupt
-        run.stopping = True
-        bar.write("stopping at the end of this round; Ctrl-C again: at once", file=sys.stderr)
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"go on with: python train.py --resume --out {run.folder}") from None
-    finally:
-        signal.signal(signal.SIGINT, before)
+        print(f"what it learned: python sample.py --run {path} --html {path / 'page.html'}")
 
 
 def settings_of(arguments: list[str] | None) -> Settings:
-    """The settings of a command line; of a run that goes on, its own. Raises BadInput."""
-    given, rest = parse_given(arguments, Settings)
+    """The settings of a command line; of a run that is continued, its own. Raises BadInput."""
+    given, rest = given_in(arguments, Settings)
     refuse_rest(rest)
     if not given.get("resume"):
         return Settings(**given)
     if "out" not in given:
-        raise BadInput("--resume: goes on with which run? give the folder with --out")
-    saved = runs.saved_settings(Path(given["out"]))
-    try:
-        settings = Settings(**saved | {"overwrite": False} | given)
-    except TypeError as error:
-        raise BadInput(f"--resume: the run in {given['out']} is of another version ({error}); start anew with "
-                       "--overwrite") from None
-    wanted = json.loads(json.dumps(asdict(settings)))
+        raise BadInput("`resume`: which run? give its folder with `out`")
+    if not (Path(given["out"]) / "config.json").exists():
+        raise BadInput(f"`resume`: `out` {given['out']} holds no run to continue; give another, or leave `resume` out")
+    saved = folder.json_of(Path(given["out"]) / "config.json")["settings"]
+    settings = Settings(**saved | {"overwrite": False} | given)
     for name in given.keys() - {"resume", "out"}:
-        if wanted[name] != saved[name]:
-            flags(Settings)[name].refuse(given[name], f"the run in {given['out']} has {saved[name]}",
-                                         "leave it out, or start anew with --overwrite")
+        if plain(settings)[name] != saved[name]:
+            refuse(name, given[name], f"the run in {given['out']} has {saved[name]}",
+                   "leave it out, or start anew with `overwrite`")
     return settings
 
 
 def main(arguments: list[str] | None = None) -> int:
-    sys.stdout.reconfigure(errors="replace")  # the table's arrows, on a terminal without Unicode
-    return status_of("train.py", lambda: train(settings_of(arguments)), "nothing is lost; --resume goes on")
+    return status_of("train.py", lambda: train(settings_of(arguments)), "nothing is lost; --resume continues")
 
 
 if __name__ == "__main__":

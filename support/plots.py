@@ -1,8 +1,16 @@
 """The curves of a run for matplotlib and for TensorBoard; both packages are optional."""
 
+import importlib.util
 from pathlib import Path
 
-from files import write
+from support.errors import BadInput
+from support.files import write
+
+
+def need(package: str, setting: str) -> None:
+    """Raises BadInput if an optional package isn't there."""
+    if importlib.util.find_spec(package) is None:
+        raise BadInput(f"`{setting}`: needs {package}, which isn't installed; pip install {package}")
 
 
 def save_figure(figure: "matplotlib.figure.Figure", path: Path) -> None:  # noqa: F821

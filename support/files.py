@@ -1,10 +1,8 @@
-"""Files and folders that are there whole or not at all, however the process that writes them ends."""
+"""Files that are there whole or not at all, however the process that writes them ends."""
 
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -29,18 +27,3 @@ def write_json(path: Path, content: object) -> None:
 def read_json(path: Path) -> dict:
     """Raises OSError, ValueError."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-@contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """A new folder to fill. It gets its name when it is full."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=target.parent) as temporary:
-        new = Path(temporary, "new")
-        new.mkdir()
-        yield new
-        try:
-            new.rename(target)
-        except OSError:
-            if not target.exists():  # else another process was quicker, with the same
-                raise

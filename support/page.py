@@ -22,8 +22,9 @@ import torch
 import data
 from bilevel import evaluate
 from data import Text
-from files import read_json, write_text
 from model import GENERALIST, GPT, dense_gates
+from support.files import read_json, write_text
+from support.folder import Learned
 
 SHOWN = 8  # users on the page, at most
 OWN, COMMON = 800, 150  # tokens shown of a user's text, and of each user's in the text that all users read
@@ -31,14 +32,14 @@ READ = 4000  # tokens that the lists of each expert's favourites are made from
 KINDS = {"letters": r"\w*[^\W\d_]\w*", "digits": r"\d+", "space": r"\s+", "other": r".*"}  # of a token's text
 
 
-def decode(tokens: Iterable[int], encoding: tiktoken.Encoding, end: str = "\n‖") -> Iterator[str]:
+def decode(tokens: Iterable[int], tokenizer: tiktoken.Encoding, end: str = "\n‖") -> Iterator[str]:
     """The text of each token; together they are the whole text. Half a character waits for its rest."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for number, token in enumerate(tokens):
-        if token == encoding.eot_token:
+        if token == tokenizer.eot_token:
             yield decoder.decode(b"", final=True) + (end if number else end.lstrip())
         else:
-            yield decoder.decode(encoding.decode_single_token_bytes(token))
+            yield decoder.decode(tokenizer.decode_single_token_bytes(token))
 
 
 def windows(tokens: np.ndarray, model: GPT) -> Iterator[data.Batch]:
@@ -48,35 +49,36 @@ def windows(tokens: np.ndarray, model: GPT) -> Iterator[data.Batch]:
 
 
 @torch.no_grad()
-def gates_of(model: GPT, tokens: np.ndarray) -> np.ndarray:
-    """Every expert's gate for every token, as the model routes it when it reads these tokens: (L, n, E)."""
-    E = len(model.config.expert_roles)
-    layers = [[dense_gates(routing, E) for routing in model.trunk(idx)[1]] for idx, _ in windows(tokens, model)]
+def gates_of(user: Learned, tokens: np.ndarray) -> np.ndarray:
+    """Every expert's gate for every token when a user's model reads these tokens: (L, n, E)."""
+    E = user.model.config.n_experts
+    layers = [[dense_gates(routing, E) for routing in user.model.trunk(idx, user.gates)[1]]
+              for idx, _ in windows(tokens, user.model)]
     return torch.stack([torch.cat(parts) for parts in zip(*layers, strict=True)]).float().cpu().numpy()
 
 
-def of_run(folder: Path, path: Path, title: str, texts: list[Text], models: list[GPT],
-           encoding: tiktoken.Encoding) -> None:
-    """Write the page of a run, of test text if it is through, else of validation text. A text's model is the one in the
+def of_run(folder: Path, path: Path, title: str, texts: list[Text], users: list[Learned],
+           tokenizer: tiktoken.Encoding) -> None:
+    """Write the page of a run, of test text if it has ended, else of validation text. A text's user is the one in the
     same place. Raises OSError, ValueError."""
     result = read_json(folder / "result.json") if (folder / "result.json").exists() else None
-    write_page(path, title, texts, models, encoding, "test" if result else "valid",
+    write_page(path, title, texts, users, tokenizer, "test" if result else "valid",
                read_lines(folder / "metrics.jsonl"), result)
 
 
-def write_page(path: Path, title: str, texts: list[Text], models: list[GPT], encoding: tiktoken.Encoding, split: str,
-               metrics: list[dict], result: dict | None) -> None:
-    """metrics: the lines of metrics.jsonl; result: what result.json holds, if the run is through."""
-    users = [(text.name, getattr(text, split), model) for text, model in zip(texts, models, strict=True)][:SHOWN]
-    mixed = len(users) > 1 and all(np.array_equal(tokens, users[0][1]) for _, tokens, _ in users)
-    common = np.concatenate([tokens[:COMMON] for _, tokens, _ in users])
-    own = [view(name, tokens, model, encoding, OWN) for name, tokens, model in users]
-    same = [] if mixed else [view(name, common, model, encoding, len(common)) for name, _, model in users]
+def write_page(path: Path, title: str, texts: list[Text], users: list[Learned], tokenizer: tiktoken.Encoding,
+               split: str, metrics: list[dict], result: dict | None) -> None:
+    """metrics: the lines of metrics.jsonl; result: what result.json holds, if the run has ended."""
+    shown = [(text.name, getattr(text, split), user) for text, user in zip(texts, users, strict=True)][:SHOWN]
+    mixed = len(shown) > 1 and all(np.array_equal(tokens, shown[0][1]) for _, tokens, _ in shown)
+    common = np.concatenate([tokens[:COMMON] for _, tokens, _ in shown])
+    own = [view(name, tokens, user, tokenizer, OWN) for name, tokens, user in shown]
+    same = [] if mixed else [view(name, common, user, tokenizer, len(common)) for name, _, user in shown]
     page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     parts = {
         "TITLE": html.escape(title),
         "LEFT_OUT": f"The first {SHOWN} of {len(texts)} users." if len(texts) > SHOWN else "",
-        "ROUTED": "" if own[0]["worth"] else "<strong>Here is no router: all tokens have the same gates.</strong>",
+        "ROUTED": "" if own[0]["worth"] else "<strong>There is no router here: all tokens have the same gates.</strong>",
         "OWN_IS": f"The mixed {split} text, which all users are to read" if mixed else f"Each user's own {split} text",
         "OWN": "".join(map(static, own)), "SAME": "".join(map(static, same)), "ONCE": "hidden" if mixed else "",
         "TABLE": table(result, metrics), "SHARES": shares(result, metrics), "CURVES": curves(metrics),
@@ -90,33 +92,27 @@ def packed(gates: np.ndarray) -> str:
     return base64.b64encode((gates * 255).round().astype(np.uint8).tobytes()).decode()
 
 
-def view(title: str, tokens: np.ndarray, model: GPT, encoding: tiktoken.Encoding, shown: int) -> dict:
+def view(title: str, tokens: np.ndarray, user: Learned, tokenizer: tiktoken.Encoding, shown: int) -> dict:
     """What is to be seen of a text and a model: tokens, gates, and what each expert has its largest shares of."""
     tokens = tokens[:READ]
-    gates = gates_of(model, tokens)  # (L, n - 1, E): the last token is only a target
-    words = list(decode(tokens.tolist(), encoding))[:gates.shape[1]]
-    generalists = sum(role == GENERALIST for role in model.config.expert_roles)
+    gates = gates_of(user, tokens)  # (L, n - 1, E): the last token is only a target
+    words = list(decode(tokens.tolist(), tokenizer))[:gates.shape[1]]
+    generalists = user.model.config.expert_roles.count(GENERALIST)
     return {
         "title": title, "tokens": words[:shown], "generalists": generalists, "experts": gates.shape[2],
         "layers": gates.shape[0], "gates": gates[:, :shown],
         "favourites": [[favourites(words, layer[:, e]) for e in range(gates.shape[2])] for layer in gates],
         "kinds": [by_kind(words, layer[:, :generalists].sum(1)) for layer in gates],
-        "read": gates.shape[1], "worth": worth(model, tokens, gates),
+        "read": gates.shape[1], "worth": worth(user, tokens, gates),
     }
 
 
-def worth(model: GPT, tokens: np.ndarray, gates: np.ndarray) -> tuple[float, float] | None:
+def worth(user: Learned, tokens: np.ndarray, gates: np.ndarray) -> tuple[float, float] | None:
     """The perplexity as routed, and if every token got the mean gates of all; None where nothing is routed."""
-    if any(block.moe.weights for block in model.blocks):
+    if user.gates is not None or not user.model.config.routed:
         return None
-
-    def perplexity(weights: list) -> float:
-        for block, each in zip(model.blocks, weights, strict=True):
-            block.moe.weights = each
-        return math.exp(evaluate(model, windows(tokens, model))[0])
-
-    same = perplexity(gates.mean(1).tolist())
-    return perplexity([None] * len(gates)), same
+    means = torch.from_numpy(gates.mean(1))  # (L, E)
+    return tuple(math.exp(evaluate(user.model, windows(tokens, user.model), weights)[0]) for weights in (None, means))
 
 
 def favourites(words: list[str], gates: np.ndarray, most: int = 10, often: int = 5) -> list[tuple[str, float]]:

@@ -1,38 +1,49 @@
-"""A small dense base, trained on public text, so that the fine-tuning path runs offline from start to end.
+"""A small dense base, trained on public text, so that fine-tuning can be tried without a download.
 
-    python pretrain.py
+    python -m lab.pretrain
     python train.py --init-from out/base/base.pt --expert lora --users 4 --specialists 1,2,4,8
 
-The text is that of Python's standard library and numpy, which no user holds (data.public).
+The text is that of Python's standard library and numpy, which no user holds (support/corpora.py).
 """
 
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import base
 import data
 from bilevel import Level, cosine, evaluate
-from data import BadInput
-from files import write
-from model import GENERALIST, GPT, GPTConfig, gpt2_name
-from settings import Pretraining, parse_settings, status_of
+from model import GENERALIST, GPT, GPTConfig
+from support import pretrained
+from support.errors import BadInput
+from support.files import write
+from support.settings import Training, check_device, parsed, setting, status_of
 from train import DIVERGED, blank
+
+
+@dataclass
+class Pretraining(Training):
+    """The training of a base. Raises BadInput."""
+
+    steps: int = setting(8000, "training steps", int, low=1)
+    out: str = setting("out/base", "folder for base.pt")
 
 
 def pretrain(settings: Pretraining) -> Path:
     """Train, write base.pt and print how good it is. Raises BadInput."""
     path = Path(settings.out, "base.pt")
     if path.exists() and not settings.overwrite:
-        raise BadInput(f"--out {settings.out}: holds a base; take another folder, or --overwrite to replace it")
+        raise BadInput(f"`out` {settings.out}: holds a base; take another folder, or `overwrite` to replace it")
+    check_device(settings.device)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"--out {settings.out}: {error.strerror}; take another folder") from None
-    start, text = blank(settings, "bytes"), data.load_public("bytes", settings.block_size)
+        raise BadInput(f"`out` {settings.out}: {error.strerror}; take another folder") from None
+    start = blank(settings, "bytes")
+    text = data.load_pretraining(settings.block_size, data.tokenizer("bytes"))
     config = GPTConfig(**start.config, specialists=0, routed=False)  # one expert: a plain GPT
     model = GPT(config, data.seeded(settings.seed, "base", "weights")).to(settings.device)
     if settings.compile:
@@ -48,16 +59,16 @@ def pretrain(settings: Pretraining) -> Path:
                 bar.set_description(f"loss {loss:.2f}")
     loss, _ = evaluate(model, data.ordered_windows(text.test, 64, settings.block_size, settings.device))
     if not loss < DIVERGED:
-        raise BadInput(f"--lr {settings.lr}: the loss has grown to {loss:.3g}; take a smaller one")
-    tensors = {gpt2_name(name): parameter for name, parameter in model.named_parameters()}
-    write(path, lambda file: torch.save(base.pack(tensors, config.n_head, config.gelu, start.tokenizer), file))
+        raise BadInput(f"`lr` {settings.lr}: the loss has grown to {loss:.3g}; take a smaller one")
+    tensors = {GPT.plain_name(name): parameter for name, parameter in model.named_parameters()}
+    write(path, lambda file: torch.save(pretrained.pack(tensors, config.n_head, config.gelu, start.tokenizer), file))
     print(f"{path}: {loss / math.log(2):.3f} bits per byte of held-out text, where a trigram needs "
           f"{data.trigram_loss(text.train, text.test, config.vocab_size) / math.log(2):.3f}")
     return path
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return status_of("pretrain.py", lambda: pretrain(parse_settings(arguments, Pretraining)), "nothing was written")
+    return status_of("lab.pretrain", lambda: pretrain(parsed(arguments, Pretraining)), "nothing was written")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""The README's experiments, each one command; stopped, it goes on where it was.
+"""The experiments of docs/results.md, each one command; started again, it continues where it was stopped.
 
-    python pretrain.py
-    python experiments.py A [--seeds 3] [any flag of compare.py or train.py]
-    python experiments.py --help
+    python -m lab.pretrain
+    python -m lab.experiments A [--seeds 3] [any flag of compare.py or train.py]
+    python -m lab.experiments --help
 
 Rows are runs of train.py that share the flags in COMMON. Their learning rates were chosen on validation text, in A,
-with seed 0, from the same list for all methods; A does it again, the others take what came out.
+with seed 0, from the same list for all methods; A chooses again, the others take what was chosen.
 """
 
 import sys
 
 from compare import Comparison, compare, split
-from data import BadInput
 from methods import METHODS
-from settings import parse_settings, status_of
+from support.errors import BadInput
+from support.settings import parsed, status_of
 
 COMMON = "--init-from out/base/base.pt --expert lora --rounds 20 --router-steps 10 --eval-every 10"
 RATES = "2e-3,6e-3,2e-2"
@@ -62,9 +62,9 @@ EXPERIMENTS = {  # name -> what it asks, and label -> flags of train.py
         method: f"--method {method} --lr {rate} --init-from scratch --expert mlp --rounds 64 --router-steps 5 "
                 "--router-lr 3e-3 --eval-every 16"
         for method, rate in {"local": 3e-3, "fedavg": 3e-3, "comigs": 6e-3, "centralized": 3e-3}.items()}),
-    "both": ("as A, but experts learn from the validation text, too", methods(
+    "both": ("as A, but experts also learn from the validation text", methods(
         ("local", "fedavg", "comigs"), "--experts-see both")),
-    "both-mixed": ("as C, but experts learn from the validation text, too", methods(
+    "both-mixed": ("as C, but experts also learn from the validation text", methods(
         ("local", "fedavg", "comigs"), "--target mixed --experts-see both")),
 }
 
@@ -80,14 +80,13 @@ def experiment(arguments: list[str]) -> None:
     title, flags = EXPERIMENTS[name]
     tuning = ["--rates", RATES] if name == "A" else []
     comparison, rest = split(["--out", f"out/{name}", *tuning, *more], Comparison)
-    rows = {label: parse_settings([*COMMON.split(), *own.split(), *rest]) for label, own in flags.items()}
+    rows = {label: parsed([*COMMON.split(), *own.split(), *rest]) for label, own in flags.items()}
     print(title)
     compare(rows, comparison)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    sys.stdout.reconfigure(errors="replace")
-    return status_of("experiments.py", lambda: experiment(sys.argv[1:] if arguments is None else arguments),
+    return status_of("lab.experiments", lambda: experiment(sys.argv[1:] if arguments is None else arguments),
                      "the runs that ended are kept")
 
 

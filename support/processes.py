@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 train.py --users 4 --specialists 1,2,4,8
 
-User i belongs to rank i mod n. What else passes between processes is whether to stop, and what a simulation writes to
-its folder: figures, and the users' states for the checkpoint, which rank 0 writes.
+User i belongs to process i mod n. What else passes between processes is whether to stop, and what a simulation writes
+to its folder: figures, and the users' states for the checkpoint, which the first process writes.
 """
 
 import os
@@ -13,19 +13,26 @@ import torch
 import torch.distributed as dist
 
 from federated import Message, Server, User
+from methods import METHODS
+from support.errors import BadInput
+from support.settings import Settings
 
 PATIENCE = timedelta(days=1)  # with a process that is slower; one that has died is noticed at once
 
 
-def join(device: str) -> None:
-    """Meet the other processes, if there are any, each on a GPU of its own where there are some."""
+def join(settings: Settings) -> None:
+    """Meet the other processes, if there are any, each on a GPU of its own where there are some. Raises BadInput."""
+    together, method = int(os.environ.get("WORLD_SIZE", 1)), METHODS[settings.method]
+    if together > settings.users or (together > 1 and (method.pooled or method.server is not Server)):
+        raise BadInput(f"`method` {settings.method} `users` {settings.users}: not for {together} processes; take one, or "
+                       "another method and more users")
     if "RANK" in os.environ and not dist.is_initialized():
-        if device == "cuda":
+        if settings.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
+        dist.init_process_group("nccl" if settings.device.startswith("cuda") else "gloo", timeout=PATIENCE)
 
 
-def rank() -> int:
+def index() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -35,7 +42,7 @@ def count() -> int:
 
 def own(everyones: list) -> list:
     """This process's part of a list with an entry for each user."""
-    return everyones[rank()::count()]
+    return everyones[index()::count()]
 
 
 def gathered(mine: list) -> list:
@@ -50,20 +57,19 @@ def gathered(mine: list) -> list:
 class Together(Server):
     """A server in every process; all hold the same θ^G."""
 
-    def combine(self, answers: list[tuple[User, Message]]) -> None:
+    def take(self, answers: dict[User, Message]) -> int:
         """θ^G ← Σ w_i θ_i^G / Σ w_i, each tensor over the users of all processes who have it."""
-        sound, weights = self.sound(answers)
         sums = {name: torch.zeros_like(tensor) for name, tensor in self.generalists.items()}
-        totals = dict.fromkeys(sums, 0.0)
-        for answer, weight in zip(sound, weights, strict=True):
+        weights = dict.fromkeys(sums, 0.0)
+        for user, answer in answers.items():
             for name, tensor in answer.items():
-                sums[name] += weight * tensor
-                totals[name] += weight
-        last = torch.tensor([*totals.values(), len(sound)]).to(next(iter(sums.values()), torch.empty(0)))
+                sums[name] += user.weight * tensor
+                weights[name] += user.weight
+        last = torch.tensor([*weights.values(), len(answers)]).to(next(iter(sums.values()), torch.empty(0)))
         flat = torch.cat([*(tensor.flatten() for tensor in sums.values()), last])
         dist.all_reduce(flat)
-        *parts, totals, number = flat.split([*(tensor.numel() for tensor in sums.values()), len(sums), 1])
+        *parts, totals, n = flat.split([*(tensor.numel() for tensor in sums.values()), len(sums), 1])
         for (name, tensor), part, total in zip(sums.items(), parts, totals.tolist(), strict=True):
             if total:
                 self.generalists[name] = part.view_as(tensor) / total
-        self.finish(int(number.item()))
+        return int(n.item())

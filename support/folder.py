@@ -1,0 +1,206 @@
+"""A run's folder: who may work in it, and its checkpoints, from which a run continues bit for bit.
+
+A checkpoint is written under another name, brought to the disk and then renamed, and the one before it is kept until
+the next. torch.save writes a zip archive with a checksum for each part, so a damaged one is recognised.
+"""
+
+import itertools
+import json
+import os
+import platform
+import sys
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+import tiktoken
+import torch
+
+from data import Text
+from federated import User
+from model import GPT
+from support.errors import BadInput
+from support.files import read_json, write, write_json, write_text
+from support.guard import Guard
+from support.pretrained import Base
+from support.settings import Settings, plain
+
+try:
+    import fcntl
+except ImportError:  # on Windows nothing keeps two processes apart
+    fcntl = None
+
+FORMAT = 2  # of config.json and checkpoints
+FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "previous.pt", "result.json", "page.html", "curves.png",
+         "curves.svg")
+
+
+def config_of(settings: Settings, start: Base, texts: list[Text]) -> dict:
+    """What a run was made with."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
+                "tiktoken": tiktoken.__version__}
+    return {"format": FORMAT, "settings": plain(settings) | {"resume": False}, "base": reference(start),
+            "texts": [[text.name, len(text.train), len(text.valid), len(text.test)] for text in texts],
+            "versions": versions, "threads": torch.get_num_threads()}
+
+
+def reference(start: Base) -> dict:
+    """What a run keeps of its base: which one it was."""
+    return {"name": start.name, "sha256": start.sha256, "tokenizer": start.tokenizer}
+
+
+class Folder:
+    """The folder of one run, which no other process may work in as long as this object lives."""
+
+    def __init__(self, settings: Settings, config: dict):
+        """Make it, or empty it of an old run if that is wanted, and write config.json; or prepare to continue in it.
+
+        Raises BadInput.
+        """
+        name = f"{settings.method}-{Path(settings.data).resolve().name}-{settings.users}users-seed{settings.seed}"
+        self.path, self.config = Path(settings.out or free_name(f"out/{name}")), config
+        old = [path for path in (self.path / file for file in FILES) if path.exists()]
+        if old and not settings.overwrite and not settings.resume:
+            raise BadInput(f"`out` {self.path}: holds a run; take another folder, or `overwrite` to start anew in it, or "
+                           "`resume` to continue")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / "lock", "w")  # noqa: SIM115, it is to stay open
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not settings.resume:
+                for path in old:
+                    path.unlink()
+                write_json(self.path / "config.json", config)
+        except BlockingIOError:
+            raise BadInput(f"`out` {self.path}: another process is at work in it; wait, or take another folder") from None
+        except OSError as error:
+            raise BadInput(f"`out` {self.path}: {error.strerror}; take another folder") from None
+
+    def log(self, lines: list[dict]) -> None:
+        """Add to metrics.jsonl."""
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+    def save(self, state: dict) -> None:
+        """Write a checkpoint; the last one becomes the previous one."""
+        def to_disk(path: Path) -> None:
+            with open(path, "wb") as file:
+                torch.save({"format": FORMAT, **state}, file)
+                os.fsync(file.fileno())
+            if (self.path / "checkpoint.pt").exists():
+                os.replace(self.path / "checkpoint.pt", self.path / "previous.pt")
+        write(self.path / "checkpoint.pt", to_disk)
+
+    def continued(self) -> dict | None:
+        """The state to continue from, None if there is none yet; whatever came later is forgotten. Raises BadInput."""
+        if (self.path / "result.json").exists():
+            raise BadInput(f"`resume`: the run in {self.path} has ended; `overwrite` starts anew")
+        begun = json_of(self.path / "config.json")
+        for name, what in (("base", "init_from"), ("texts", "data")):
+            if begun[name] != self.config[name]:
+                raise BadInput(f"`{what}`: is no longer what the run in {self.path} began with; bring it back, or start "
+                               "anew with `overwrite`")
+        state = newest(self.path, self.config["settings"]["device"], clean=True)
+        self.forget_after(state["round"] if state else -1)
+        return state
+
+    def forget_after(self, number: int) -> None:
+        """Take from metrics.jsonl what came after a round, or is only half there. Raises BadInput."""
+        path = self.path / "metrics.jsonl"
+        try:
+            lines = path.read_text().splitlines(keepends=True) if number >= 0 else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["round"] <= number]
+        except (OSError, json.JSONDecodeError) as error:
+            raise damaged(path, error) from None
+        write_text(path, "".join(kept))
+
+
+def free_name(name: str) -> str:
+    """The name, or with -2, -3, ... after it, of a folder that isn't there yet."""
+    names = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
+    return next(name for name in names if not os.path.exists(name))
+
+
+def damaged(path: Path, error: Exception) -> BadInput:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return BadInput(f"`out` {path.parent}: {path.name} is missing, damaged or of another version ({reason}); start anew "
+                    "with `overwrite`")
+
+
+def json_of(path: Path) -> dict:
+    """A config.json. Raises BadInput."""
+    try:
+        content = read_json(path)
+    except (OSError, json.JSONDecodeError) as error:
+        raise damaged(path, error) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise damaged(path, ValueError(f"not format {FORMAT}"))
+    return content
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+class Learned(NamedTuple):
+    """What a user has at the end: its model, and the gates that stand in for its routers', if there are any."""
+
+    name: str
+    model: GPT
+    gates: torch.Tensor | None
+
+
+def states(users: list[User]) -> list[dict]:
+    """Everything that users' next steps depend on: their models, without what a base brings, and their levels."""
+    return [{
+        "name": user.name, "config": asdict(user.model.config), "gates": user.gates, "bytes_up": user.bytes_up,
+        "bytes_down": user.bytes_down, "parameters": {name: p.data for name, p in user.model.own().items()},
+        "gradients": {name: p.grad for name, p in user.model.own().items() if p.grad is not None},
+        "lower": user.lower.state(), "upper": user.upper and user.upper.state()} for user in users]
+
+
+def restore_model(saved: dict, model: GPT) -> None:
+    """Give a model what a user's state has of it."""
+    for name, parameter in model.own().items():
+        parameter.data = saved["parameters"][name].data  # whose rank a method may have cut
+
+
+def restore(server_state: dict, user_states: list[dict], server: Guard, users: list[User]) -> None:
+    """Give server and users the state of a checkpoint."""
+    server.load(server_state)
+    for user, saved in zip(users, user_states, strict=True):
+        user.gates, user.bytes_up, user.bytes_down = (saved[name] for name in ("gates", "bytes_up", "bytes_down"))
+        restore_model(saved, user.model)
+        for name, parameter in user.model.own().items():
+            parameter.grad = saved["gradients"].get(name)  # what a leak has piled up
+        for level, own in ((user.lower, saved["lower"]), (user.upper, saved["upper"])):
+            if level:
+                level.load(own)
+
+
+def newest(folder: Path, device: str = "cpu", clean: bool = False) -> dict | None:
+    """The newest whole checkpoint; None if there is none yet. Raises BadInput where all are damaged.
+
+    clean: delete a damaged one, so that it never takes the place of a whole one.
+    """
+    paths, bad = [path for path in (folder / "checkpoint.pt", folder / "previous.pt") if path.exists()], []
+    for path in paths:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                whole = archive.testzip() is None
+            state = torch.load(path, map_location=device, weights_only=True) if whole else None
+        except Exception:  # a damaged file can fail in any way
+            state = None
+        if state is None:
+            print(f"{path} is damaged; trying the one before it", file=sys.stderr)
+            bad.append(path)
+        elif not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise damaged(path, ValueError(f"not format {FORMAT}"))
+        else:
+            for path in bad if clean else ():
+                path.unlink()
+            return state
+    if bad:
+        raise BadInput(f"`out` {folder}: holds no whole checkpoint; start anew with `overwrite`")
+    return None

@@ -1,0 +1,297 @@
+"""Everything that determines a run: one dataclass, and the command line derived from it.
+
+    python train.py --help
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+
+from data import BUILTIN_TRAIN_KB
+from methods import METHODS
+from model import EXPERTS
+from support import pretrained
+from support.corpora import BUILTIN, CORPORA, TABLES
+from support.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What a setting is for, and the values that it may have."""
+
+    help: str
+    kind: type = str
+    low: float | None = None  # the smallest value
+    high: float | None = None  # the largest
+    above: float | None = None  # a bound that is itself too small
+    below: float | None = None  # a bound that is itself too large
+    choices: tuple[str, ...] = ()
+    many: bool = False  # several values, such as one for each user
+    group: str = ""  # the heading in --help
+
+    def parse(self, text: str):
+        """The value of a text from the command line. Raises ValueError."""
+        return tuple(self.kind(part) for part in text.split(",")) if self.many else self.kind(text)
+
+    def allows(self, value) -> bool:
+        return all(
+            one != "" and (not self.choices or one in self.choices) and (self.kind is not float or math.isfinite(one))
+            and (self.low is None or one >= self.low) and (self.high is None or one <= self.high)
+            and (self.above is None or one > self.above) and (self.below is None or one < self.below)
+            for one in (value if self.many else [value]))
+
+    @property
+    def remedy(self) -> str:
+        if self.choices:
+            return f"take one of {', '.join(self.choices)}"
+        if self.kind is str:
+            return "give a name"
+        number = "a whole number" if self.kind is int else "a number"
+        bound = f"above {self.above}" if self.low is None else f"of at least {self.low}"
+        limit = f" and at most {self.high}" if self.high is not None else ""
+        limit += f" and below {self.below}" if self.below is not None else ""
+        return f"give {number} {bound}{limit}" + (", or several, separated by commas" if self.many else "")
+
+
+def setting(default, help: str, kind: type = str, **values):
+    """A field of settings; `values` as in Flag."""
+    return field(default=default, metadata={"flag": Flag(help, kind, **values)})
+
+
+def flags(kind: type) -> dict[str, Flag]:
+    """Each field's name -> its flag, of a kind of settings."""
+    return {f.name: f.metadata["flag"] for f in fields(kind)}
+
+
+def refuse(name: str, value, why: str, remedy: str):
+    """Raises BadInput."""
+    shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+    raise BadInput(f"`{name}` {shown}: {why}; {remedy}")
+
+
+def check(settings) -> None:
+    """Raise BadInput if a value isn't one that it may have; None always may."""
+    for name, flag in flags(type(settings)).items():
+        value = getattr(settings, name)
+        if value is not None and not flag.allows(value):
+            refuse(name, value, "not possible", flag.remedy)
+
+
+SCRATCH = dict(n_layer=3, n_head=4, n_embd=128)  # the shape, where no base decides
+
+USERS, TEXT, LEARNING, FEDERATION, RUN, _ = GROUPS = ("users and experts", "text", "learning", "federation", "run", "")
+
+
+@dataclass
+class Training:
+    """What training any model needs. Raises BadInput."""
+
+    batch_size: int = setting(8, "windows in a batch", int, low=1, high=1_000_000, group=LEARNING)
+    block_size: int = setting(64, "tokens in a window", int, low=1, high=1_000_000, group=LEARNING)
+    lr: float = setting(6e-3, "the experts' highest learning rate", float, above=0, group=LEARNING)
+    warmup: int = setting(100, "steps up to the highest learning rate; at most a fifth of all steps", int, low=0,
+                          group=LEARNING)
+    weight_decay: float = setting(0.1, "AdamW's weight decay; routers have none", float, low=0, group=LEARNING)
+    n_layer: int | None = setting(None, "layers (default: 3, or the base's)", int, low=1, high=1000, group=LEARNING)
+    n_head: int | None = setting(None, "attention heads (default: 4, or the base's)", int, low=1, group=LEARNING)
+    n_embd: int | None = setting(None, "channels (default: 128, or the base's)", int, low=1, high=1_000_000,
+                                 group=LEARNING)
+    seed: int = setting(0, "the seed of everything that is random", int, low=0, group=RUN)
+    device: str = setting("cpu", "cpu, cuda (in bfloat16), cuda:1, mps, ...", group=RUN)
+    compile: bool = setting(False, "compile the models with torch.compile", bool, group=RUN)
+    overwrite: bool = setting(False, "start anew in a folder that is in use", bool, group=RUN)
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclass
+class Settings(Training):
+    """One run of train.py. Values that are given once for all users are repeated for each. Raises BadInput."""
+
+    users: int = setting(4, "number of users", int, low=1, high=100_000, group=USERS)
+    specialists: tuple[int, ...] = setting(
+        (1,), "specialist experts in a layer: one number for all users, or one for each", int, low=0, high=1000,
+        many=True, group=USERS)
+    generalists: int = setting(1, "generalist experts in a layer", int, low=0, high=1000, group=USERS)
+    top_k: int = setting(2, "experts for a token; a user with fewer uses all it has. With 1 the router can't learn", int,
+                         low=1, group=USERS)
+    method: str = setting("comigs", "a row of methods.py", choices=tuple(METHODS), group=USERS)
+    expert: str = setting("mlp", "mlp: feed-forward blocks; lora: low-rank changes of the base's, which is frozen",
+                          choices=tuple(EXPERTS), group=USERS)
+    lora_rank: tuple[int, ...] = setting(
+        (8,), "rank of the changes; most methods that average them need one for all users", int, low=1, high=10_000,
+        many=True, group=USERS)
+    init_from: str = setting("scratch", f"where the weights start: scratch, {', '.join(pretrained.NAMES)}, or a file "
+                                        "such as lab/pretrain.py writes", group=USERS)
+    data: str = setting("builtin", f"{', '.join((*BUILTIN, *CORPORA))}, a folder with a NAME.txt or a NAME/ for each "
+                                   "user, or a .csv or .jsonl file", group=TEXT)
+    user_field: str | None = setting(None, "the field of a .csv or .jsonl file that says whose text it is (default: "
+                                           "user)", group=TEXT)
+    text_field: str | None = setting(None, "the field that holds the text (default: text)", group=TEXT)
+    source: str | None = setting(None, "where to read a named corpus instead of at its own address: a file, an address, "
+                                       "a data set", group=TEXT)
+    cache: str = setting("out/cache", "folder for downloaded text", group=TEXT)
+    short_users: str = setting("refuse", "what to do about users with too little text", choices=("refuse", "leave-out"),
+                               group=TEXT)
+    target: str = setting("own", "whose text is used for validation and testing: the user's own, or an even mix of "
+                                 "all users'", choices=("own", "mixed"), group=TEXT)
+    train_kb: tuple[float, ...] | None = setting(
+        None, f"training text in kB (default: {BUILTIN_TRAIN_KB} of a builtin, 2000 of a streamed corpus, else all "
+              "there is)", float, low=0.001, high=1e9, many=True, group=TEXT)
+    tokenizer: str | None = setting(None, "what a token is (default: bytes, or the base's)", choices=("bytes", "gpt2"),
+                                    group=TEXT)
+    experts_see: str = setting("train", "the text that experts learn from: training text, or validation text as well",
+                               choices=("train", "both"), group=LEARNING)
+    router_lr: float | None = setting(None, "the routers' learning rate (default: as --lr)", float, above=0,
+                                      group=LEARNING)
+    router_every: int = setting(30, "expert steps between two visits to the router", int, low=1, group=LEARNING)
+    router_steps: int = setting(5, "router steps in such a visit", int, low=0, group=LEARNING)
+    rounds: int = setting(64, "communication rounds", int, low=1, group=FEDERATION)
+    local_steps: int = setting(10, "expert steps of a user in a round", int, low=1, group=FEDERATION)
+    average: str = setting("uniform", "a user's weight in the average: the same for all, or its training tokens",
+                           choices=("uniform", "tokens"), group=FEDERATION)
+    participation: float = setting(1.0, "the fraction of users called in a round", float, above=0, high=1,
+                                   group=FEDERATION)
+    drop_rate: float = setting(0.0, "the chance that a called user vanishes before it answers", float, low=0, below=1,
+                               group=FEDERATION)
+    clip_update: float | None = setting(None, "the largest norm of a user's update; a longer one is shortened", float,
+                                        above=0, group=FEDERATION)
+    dp_noise: float = setting(0.0, "noise on the average of clipped updates, in multiples of largest norm / number of "
+                                   "answers", float, low=0, group=FEDERATION)
+    eval_every: int = setting(16, "rounds between evaluations on validation text", int, low=1, group=RUN)
+    plot: bool = setting(False, "also draw curves.png and curves.svg (needs matplotlib)", bool, group=RUN)
+    tensorboard: bool = setting(False, "also log losses and shares for TensorBoard (needs tensorboard)", bool, group=RUN)
+    out: str | None = setting(None, "folder of the run (default: a new one under out/)", group=RUN)
+    resume: bool = setting(False, "continue the run in --out from its newest checkpoint, with its settings", bool,
+                           group=RUN)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, flag in flags(Settings).items():
+            value = getattr(self, name)
+            if flag.many and value is not None:
+                if len(value) not in (1, self.users):
+                    refuse(name, value, f"{len(value)} numbers for {self.users} users", "give one, or one per user")
+                setattr(self, name, tuple(value) * (self.users if len(value) == 1 else 1))
+        for wrong, name, why, remedy in (
+            (self.generalists + min(self.specialists) == 0, "generalists",
+             "a user with `specialists` 0 has no expert", "give either at least 1"),
+            (self.expert == "lora" and self.init_from == "scratch", "expert",
+             "changes a base, and `init_from` scratch has none", "give `init_from` a file"),
+            (self.init_from != "scratch" and self.n_layer, "n_layer", "`init_from` has its own", "leave it out"),
+            (self.init_from != "scratch" and self.n_embd, "n_embd", "`init_from` has its own", "leave it out"),
+            (self.source and self.data not in CORPORA, "source", f"`data` {self.data} is not a named corpus",
+             f"take one of {', '.join(CORPORA)}, or leave it out"),
+            *((getattr(self, name) and Path(self.data).suffix not in TABLES, name, f"`data` {self.data} is no table",
+               "leave it out") for name in ("user_field", "text_field")),
+            (self.dp_noise and not self.clip_update, "dp_noise", "needs a bound", "give `clip_update`"),
+            (self.dp_noise and self.average != "uniform", "dp_noise", "is for equal weights", "take `average` uniform"),
+            (self.resume and self.overwrite, "resume", "not together with `overwrite`", "take one of them"),
+        ):
+            if wrong:
+                refuse(name, getattr(self, name), why, remedy)
+        METHODS[self.method].check(self)
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} on {self.data}, seed {self.seed}"
+
+
+def plain(settings) -> dict:
+    """Settings as JSON has them."""
+    return json.loads(json.dumps(asdict(settings)))
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise BadInput(f"{message}; see --help")
+
+
+def given_in(arguments: list[str] | None, kind: type) -> tuple[dict, list[str]]:
+    """The settings of some kind that are on a command line (None: this process's), and the arguments that are none of
+    its. Raises BadInput."""
+    parser = Parser(description=kind.__doc__.split(". ")[0] + ".", allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
+    groups = {title: parser.add_argument_group(title or "settings") for title in GROUPS}
+    for name, flag in flags(kind).items():
+        group = groups[flag.group]
+        option, default = "--" + name.replace("_", "-"), getattr(kind, name)
+        if flag.kind is bool:
+            group.add_argument(option, action="store_true", help=flag.help)
+        else:
+            values = "LIST" if flag.many else "|".join(flag.choices) or flag.kind.__name__.upper()
+            shown = ",".join(map(str, default)) if flag.many and default else default
+            group.add_argument(option, metavar=values, help=flag.help + ("" if shown is None else f" (default: {shown})"))
+    given, rest = parser.parse_known_args(arguments)
+    parsed = {}
+    for name, text in vars(given).items():
+        try:
+            parsed[name] = text if text is True else flags(kind)[name].parse(text)
+        except ValueError:
+            refuse(name, text, "not possible", flags(kind)[name].remedy)
+    return parsed, rest
+
+
+def parsed(arguments: list[str] | None, kind: type = Settings):
+    """The settings of a command line with nothing else on it. Raises BadInput."""
+    given, rest = given_in(arguments, kind)
+    refuse_rest(rest)
+    return kind(**given)
+
+
+def refuse_rest(arguments: list[str]) -> None:
+    """Raises BadInput if there are any."""
+    if arguments:
+        raise BadInput(f"{' '.join(arguments)}: not known; see --help")
+
+
+def check_device(device: str) -> None:
+    """Raises BadInput."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError):
+        raise BadInput(f"`device` {device}: this machine has no such device; take cpu") from None
+
+
+def as_flags(message: str) -> str:
+    """as_flags("`train_kb` 0: not possible") -> "--train-kb 0: not possible"."""
+    return re.sub(r"`(\w+)`", lambda name: "--" + name[1].replace("_", "-"), message)
+
+
+NO_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed")
+
+
+def status_of(command: str, work: Callable[[], object], if_stopped: str) -> int:
+    """Do the work of a command. Returns its exit status: 0, 2 after bad input, 130 where the user stopped it."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # the table's arrows, on a terminal without Unicode
+    process = f", process {os.environ['RANK']}" if "RANK" in os.environ else ""
+    try:
+        work()
+    except BadInput as error:
+        print(f"{command}{process}: {as_flags(str(error))}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{command}: {error.filename or 'a file'}: {error.strerror or error}; check the disk", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
+            raise
+        print(f"{command}: there isn't enough memory for this; take a smaller --n-embd, --batch-size, --users, ...",
+              file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"{command}: stopped; {stop.args[0] if stop.args else if_stopped}", file=sys.stderr)
+        return 130
+    return 0
