@@ -123,7 +123,7 @@ def summarize(folders: list[Path], tried: dict[float, float], rivals: list[Path]
         "trigram": [user["trigram_ppl"] for user in first["users"]],
         "start": [user["test_ppl_start"] for user in first["users"]],
         "seconds": statistics.mean(run["seconds"] for run in runs),
-        "valid_loss_by_round": {round: statistics.mean(losses) for round, losses in curve.items()}}
+        "valid_loss_by_round": {number: statistics.mean(losses) for number, losses in curve.items()}}
 
 
 def mean_and_deviation(values: list[float]) -> str:
@@ -158,31 +158,10 @@ def table(summaries: dict[str, dict]) -> str:
 
 def curves(summaries: dict[str, dict]) -> str:
     """Markdown: validation loss in nats, mean over users and seeds, after so many rounds."""
-    rounds = list(dict.fromkeys(round for row in summaries.values() for round in row["valid_loss_by_round"]))
+    rounds = list(dict.fromkeys(number for row in summaries.values() for number in row["valid_loss_by_round"]))
     return markdown([["validation loss after round", *map(str, rounds)], *(
-        [label, *(f"{row['valid_loss_by_round'].get(round, float('nan')):.3f}" for round in rounds)]
+        [label, *(f"{row['valid_loss_by_round'].get(number, float('nan')):.3f}" for number in rounds)]
         for label, row in summaries.items())])
-
-
-def draw(summaries: dict[str, dict], path: Path) -> None:
-    """Test perplexities, best first, and curves of validation loss, as a .png and an .svg."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(12, 1 + 0.35 * max(10, len(summaries))), layout="constrained")
-    points, lines = figure.subplots(1, 2)
-    ranked = dict(sorted(summaries.items(), key=lambda item: statistics.mean(item[1]["mean"])))
-    means = [statistics.mean(row["mean"]) for row in ranked.values()]
-    deviations = [statistics.stdev(row["mean"]) if len(row["mean"]) > 1 else 0 for row in ranked.values()]
-    points.errorbar(means, list(ranked), xerr=deviations, fmt="o", capsize=3)
-    points.invert_yaxis()
-    points.grid(axis="y", alpha=0.3)
-    points.set_xlabel("test perplexity, mean over users")
-    for number, (label, row) in enumerate(ranked.items()):
-        lines.plot(*zip(*row["valid_loss_by_round"].items(), strict=True), f"C{number % 10}", label=label,
-                   linestyle=("solid", "dashed", "dotted")[number // 10 % 3])
-    lines.set_xlabel("round")
-    lines.set_ylabel("validation loss, nats")
-    lines.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    plots.save_figure(figure, path)
 
 
 def compare(rows: Rows, comparison: Comparison) -> None:
@@ -198,7 +177,7 @@ def compare(rows: Rows, comparison: Comparison) -> None:
     write_json(out / "table.json", summaries)
     print(text)
     if comparison.plot:
-        draw(summaries, out / "table")
+        plots.draw_comparison(summaries, out / "table")
 
 
 def split(arguments: list[str] | None, kind: type[Comparison]) -> tuple[Comparison, list[str]]:

@@ -1,4 +1,4 @@
-"""Text in, batches out: who gets which documents, tokens, batches, and the trigram that keeps everyone honest.
+"""Text in, batches out: who gets which documents, tokens, batches.
 
     python -c "import data; print(data.tokenizer('bytes').encode('text'))"
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from support import corpora
-from support.corpora import BUILTIN, CORPORA, CORPUS_EXCERPT
+from support.corpora import BUILTIN, CORPORA, CORPUS_EXCERPT, EVERYTHING
 from support.errors import BadInput
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ SPLITS = TRAIN, VALID, TEST = ("train", "valid", "test")
 HELD_OUT = {TEST: 32_000, VALID: 16_000}  # bytes of a user's held-out text; of anyone's own text at most a tenth each
 DOCUMENT = 1_000_000  # bytes; a longer one is running text, which is cut into splits
 BUILTIN_TRAIN_KB = 40  # private text is scarce, and a run should be short
-EVERYTHING = 1 << 62  # bytes
 END = "<|endoftext|>"  # the token that stands before every document
 
 # --- who gets which documents ----------------------------------------------------------------------------------------
@@ -281,35 +280,3 @@ def ordered_windows(text: np.ndarray, B: int, T: int, device: str = "cpu") -> It
     yield from zip(text[:full].view(-1, T).split(B), text[1:full + 1].view(-1, T).split(B), strict=True)
     if full < len(text) - 1:
         yield text[None, full:-1], text[None, full + 1:]
-
-
-# --- the yardstick ---------------------------------------------------------------------------------------------------
-
-def trigram_loss(train: np.ndarray, test: np.ndarray, V: int) -> float:
-    """Mean cross-entropy in nats of test[1:] under a trigram fitted to train, with Witten-Bell interpolation:
-
-        p(w | h) = (count(h w) + types(h) · p(w | h')) / (count(h) + types(h)),    h' = h without its first token,
-
-    down to p(w) = 1/V; types(h) is the number of different tokens seen after h (Chen and Goodman 1999, section 2.5).
-    """
-    p = np.full(len(test) - 1, 1 / V)
-    for n in (1, 2, 3):
-        query, (seen, count) = ngrams(test, n, V), np.unique(ngrams(train, n, V), return_counts=True)
-        histories, which = np.unique(seen // V, return_inverse=True)
-        count_hw = lookup(query, seen, count)
-        count_h = lookup(query // V, histories, np.bincount(which, count))
-        types_h = lookup(query // V, histories, np.bincount(which))
-        p = np.where(count_h > 0, (count_hw + types_h * p) / np.maximum(count_h + types_h, 1), p)
-    return float(-np.log(p).mean())
-
-
-def ngrams(text: np.ndarray, n: int, V: int) -> np.ndarray:
-    """The n-gram that ends at each token but the first, as a number to base V; before the first stands itself."""
-    text = np.concatenate([text[:1], text]).astype(np.int64)
-    return sum(text[2 - k:len(text) - k] * V ** k for k in range(n))
-
-
-def lookup(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The value of each query, 0 where it isn't among the sorted keys."""
-    place = np.searchsorted(keys, query).clip(max=len(keys) - 1)
-    return np.where(keys[place] == query, values[place], 0)

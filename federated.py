@@ -38,6 +38,10 @@ class User:
         self.bytes_up = self.bytes_down = 0
 
     @property
+    def levels(self) -> list[Level]:
+        return [level for level in (self.lower, self.upper) if level]
+
+    @property
     def shared(self) -> dict[str, torch.Size]:
         """The names and shapes of this user's generalist tensors."""
         return {name: parameter.shape for name, parameter in self.model.having(GENERALIST).items()}

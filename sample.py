@@ -8,12 +8,9 @@ A run that hasn't ended shows its newest checkpoint.
 """
 
 import json
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 
 import tiktoken
@@ -32,7 +29,7 @@ class Sampling:
     """What to show of a run. Raises BadInput."""
 
     run: str | None = setting(None, "folder of the run")
-    user: str | None = setting(None, "whose model; all: everyone's, side by side (default: the first user's)")
+    user: str | None = setting(None, "whose model; all: everyone's, one after the other (default: the first user's)")
     prompt: str | None = setting(None, "how the text begins (default: as a document does)")
     tokens: int = setting(300, "tokens to make", int, low=1)
     temperature: float = setting(0.8, "0 takes the likeliest token, 1 samples as the model says", float, low=0)
@@ -73,17 +70,6 @@ def continued(user: Learned, sampling: Sampling, tokenizer: tiktoken.Encoding) -
     yield from page.decode((token.item() for token in new), tokenizer, end="\n\n")
 
 
-def side_by_side(texts: dict[str, str], width: int) -> str:
-    """Texts in columns under their names; where there is no room for that, below each other."""
-    column = width // len(texts) - 3
-    if column < 16:
-        return "\n\n".join(f"{name}:\n{text}" for name, text in texts.items())
-    columns = [[name, "", *(part for line in text.splitlines() for part in textwrap.wrap(line, column) or [""])]
-               for name, text in texts.items()]
-    rows = zip_longest(*columns, fillvalue="")
-    return "\n".join(" │ ".join(cell[:column].ljust(column) for cell in row).rstrip() for row in rows)
-
-
 def show_page(run: Path, state: dict, users: list[Learned], path: Path) -> None:
     """Raises BadInput."""
     settings = Settings(**state["settings"] | {"resume": False, "overwrite": False})
@@ -107,8 +93,7 @@ def show(sampling: Sampling) -> None:
     if sampling.html:
         show_page(run, state, users, Path(sampling.html))
     elif sampling.user == "all":
-        texts = {user.name: "".join(continued(user, sampling, tokenizer)) for user in users}
-        print(side_by_side(texts, shutil.get_terminal_size().columns))
+        print("\n\n".join(f"{user.name}:\n{''.join(continued(user, sampling, tokenizer))}" for user in users))
     else:
         for new in continued(named[sampling.user or users[0].name], sampling, tokenizer):
             print(new, end="", flush=True)

@@ -10,11 +10,9 @@ previous.pt (states to continue from, for torch.load with weights_only=True) and
 """
 
 import math
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,16 +22,17 @@ from tqdm import tqdm
 import data
 from bilevel import Rhythm, constant, cosine, evaluate
 from data import Text
-from federated import Server, User, federated_round
+from federated import User, federated_round
 from methods import METHODS
 from model import BACKBONE, GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig
 from support import folder, page, plots, pretrained, processes
 from support.errors import BadInput, Diverged
 from support.files import write_json
-from support.folder import Folder
+from support.folder import Folder, stopped_gently
 from support.guard import Guard
 from support.pretrained import Base
-from support.settings import SCRATCH, Settings, Training, check_device, given_in, plain, refuse, refuse_rest, status_of
+from support.settings import SCRATCH, Settings, Training, check_device, plain, status_of
+from support.trigram import trigram_loss
 
 DIVERGED = 100.0  # nats; guessing at random costs less than 11, with GPT-2's vocabulary
 
@@ -140,7 +139,7 @@ class Run:
         self.tested = list(zip(learners, processes.own(self.texts), strict=True))  # whose model is tested on which text
         self.first = processes.index() == 0  # of several processes, the first writes
         self.folder = Folder(settings, folder.config_of(settings, self.base, self.texts)) if self.first else None
-        self.done, self.before, self.stopping = 0, None, False  # rounds, test losses at the start, asked to stop
+        self.done, self.before = 0, None  # rounds, test losses at the start
         state = processes.gathered([self.folder.continued() if self.first else None])[0] if settings.resume else None
         if state:
             folder.restore(state["server"], processes.own(state["users"]), self.server, self.users)
@@ -149,8 +148,8 @@ class Run:
             self.start -= state["seconds"]
         self.board = plots.board(self.folder.path) if settings.tensorboard and self.first else None
 
-    def play(self, bar: tqdm) -> dict:
-        """Play the rounds; returns what result.json holds. Moves the bar by `users` a round. Asked to stop, it ends
+    def play(self, bar: tqdm, stop: Callable[[], bool] = bool) -> dict:
+        """Play the rounds; returns what result.json holds. Moves the bar by `users` a round. If it is to stop, it ends
         after a round, with a checkpoint, and raises KeyboardInterrupt."""
         settings, valid = self.settings, None
         rhythm = Rhythm(settings.local_steps, settings.router_every, settings.router_steps)
@@ -173,7 +172,7 @@ class Run:
             if evaluated:
                 self.hand_out(counted=last)
                 valid = self.log(number, losses)
-            if any(processes.gathered([self.stopping])) and not last:
+            if any(processes.gathered([stop()])) and not last:
                 if not evaluated:
                     self.save(number)
                 raise KeyboardInterrupt
@@ -259,11 +258,11 @@ class Run:
                 "parameters": {role: sum(p.numel() for p in user.model.having(role).values()) for role in ROLES},
                 "valid_ppl": math.exp(valid_loss), "test_ppl_start": math.exp(start), "test_ppl": math.exp(loss),
                 "test_bpb": loss * (len(text.test) - 1) / math.log(2) / text.test_bytes,
-                "trigram_ppl": math.exp(data.trigram_loss(text.train, text.test, config.vocab_size)),
+                "trigram_ppl": math.exp(trigram_loss(text.train, text.test, config.vocab_size)),
                 "generalist_share": share})
         rows = processes.gathered(rows)
         counts = processes.gathered([{
-            "tokens_seen": sum(level.steps * level.batches.tokens_per_batch for level in (user.lower, user.upper) if level),
+            "tokens_seen": sum(level.steps * level.batches.tokens_per_batch for level in user.levels),
             "bytes_up": user.bytes_up, "bytes_down": user.bytes_down} for user in self.users])
         return {
             "method": self.settings.method, "seed": self.settings.seed,
@@ -272,24 +271,6 @@ class Run:
             "refused": sum(processes.gathered([len(self.server.refused)])),
             **{f"mean_{name}": sum(row[name] for row in rows) / len(rows)
                for name in ("valid_ppl", "test_ppl", "test_bpb")}, "users": rows}
-
-    @contextmanager
-    def stopped_gently(self, bar: tqdm) -> Iterator[None]:
-        """Let the first Ctrl-C end the run after its round, with a checkpoint, and the second one at once."""
-        def stop(*_) -> None:
-            if self.stopping:
-                raise KeyboardInterrupt
-            self.stopping = True
-            bar.write("stopping at the end of this round; press Ctrl-C again to stop at once", file=sys.stderr)
-
-        before = signal.signal(signal.SIGINT, stop)
-        try:
-            yield
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("continue with: python train.py --resume --out "
-                                    f"{self.folder.path if self.folder else '...'}") from None
-        finally:
-            signal.signal(signal.SIGINT, before)
 
 
 # --- the table and the command ---------------------------------------------------------------------------------------
@@ -317,8 +298,9 @@ def train(settings: Settings) -> None:
     processes.join(settings)
     run = Run(settings)
     total = settings.rounds * settings.users
-    with tqdm(total=total, unit="user", dynamic_ncols=True, disable=not run.first) as bar, run.stopped_gently(bar):
-        result = run.play(bar)
+    with (tqdm(total=total, unit="user", dynamic_ncols=True, disable=not run.first) as bar,
+          stopped_gently(settings.out or (run.first and run.folder.path)) as stop):
+        result = run.play(bar, stop)
     if not run.first:
         return
     path = run.folder.path
@@ -333,27 +315,8 @@ def train(settings: Settings) -> None:
         print(f"what it learned: python sample.py --run {path} --html {path / 'page.html'}")
 
 
-def settings_of(arguments: list[str] | None) -> Settings:
-    """The settings of a command line; of a run that is continued, its own. Raises BadInput."""
-    given, rest = given_in(arguments, Settings)
-    refuse_rest(rest)
-    if not given.get("resume"):
-        return Settings(**given)
-    if "out" not in given:
-        raise BadInput("`resume`: which run? give its folder with `out`")
-    if not (Path(given["out"]) / "config.json").exists():
-        raise BadInput(f"`resume`: `out` {given['out']} holds no run to continue; give another, or leave `resume` out")
-    saved = folder.json_of(Path(given["out"]) / "config.json")["settings"]
-    settings = Settings(**saved | {"overwrite": False} | given)
-    for name in given.keys() - {"resume", "out"}:
-        if plain(settings)[name] != saved[name]:
-            refuse(name, given[name], f"the run in {given['out']} has {saved[name]}",
-                   "leave it out, or start anew with `overwrite`")
-    return settings
-
-
 def main(arguments: list[str] | None = None) -> int:
-    return status_of("train.py", lambda: train(settings_of(arguments)), "nothing is lost; --resume continues")
+    return status_of("train.py", lambda: train(folder.settings_of(arguments)), "nothing is lost; --resume continues")
 
 
 if __name__ == "__main__":

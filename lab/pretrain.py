@@ -21,6 +21,7 @@ from support import pretrained
 from support.errors import BadInput
 from support.files import write
 from support.settings import Training, check_device, parsed, setting, status_of
+from support.trigram import trigram_loss
 from train import DIVERGED, blank
 
 
@@ -63,7 +64,7 @@ def pretrain(settings: Pretraining) -> Path:
     tensors = {GPT.plain_name(name): parameter for name, parameter in model.named_parameters()}
     write(path, lambda file: torch.save(pretrained.pack(tensors, config.n_head, config.gelu, start.tokenizer), file))
     print(f"{path}: {loss / math.log(2):.3f} bits per byte of held-out text, where a trigram needs "
-          f"{data.trigram_loss(text.train, text.test, config.vocab_size) / math.log(2):.3f}")
+          f"{trigram_loss(text.train, text.test, config.vocab_size) / math.log(2):.3f}")
     return path
 
 

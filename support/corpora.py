@@ -12,17 +12,15 @@ import importlib.util
 import json
 import re
 import sysconfig
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from tqdm import tqdm
 
 from support.errors import BadInput
-from support.files import write, write_text
+from support.files import write_text
 
 if TYPE_CHECKING:
     from support.settings import Settings
@@ -30,6 +28,7 @@ if TYPE_CHECKING:
 TABLES = (".csv", ".jsonl")
 EXCERPT = 5_000  # characters of a builtin document that are used: many documents, none outweighing the others
 CORPUS_EXCERPT = 20_000  # likewise of a streamed corpus
+EVERYTHING = 1 << 62  # bytes
 
 
 class Document(NamedTuple):
@@ -154,13 +153,12 @@ def visible(folder: Path, pattern: str) -> list[Path]:
                   if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
-def check_name(value: object, where: str) -> None:
+def check_name(name: object, where: str) -> None:
     """Refuse what can't be a user's name, which is shown and may become part of a path. Raises BadInput."""
-    name = str(value)
-    if not (isinstance(value, str | int) and 0 < len(name) <= 100 and name.isprintable() and name.strip() == name
-            and not name.startswith(".") and "/" not in name and "\\" not in name):
-        raise BadInput(f"`data` {where}: {name[:40]!r} can't be a user's name; rename it to at most 100 characters, "
-                       "without slashes, no dot in front")
+    shape = r"(?! )[^./\\][^/\\]{0,99}(?<! )"
+    if not isinstance(name, str | int) or not str(name).isprintable() or not re.fullmatch(shape, str(name)):
+        raise BadInput(f"`data` {where}: {str(name)[:40]!r} can't be a user's name; rename it to at most 100 "
+                       "characters, without slashes, no dot in front")
 
 
 # --- tables: a row is a document -------------------------------------------------------------------------------------
@@ -180,9 +178,7 @@ class Recipe:
     columns: tuple[str, ...] | None = None  # of a CSV file without a header
     clean: Callable[[str], str] = str
     excerpt: int | None = None  # characters of a document that are used
-    md5: str | None = None  # of the file
     train_kb: float | None = None  # that a user has by default; None: all there is
-    licence: str = ""
 
 
 def news(text: str) -> str:
@@ -196,19 +192,18 @@ CORPORA = {
     "agnews": Recipe(
         "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/train.csv", "class",
         {"business": "3", "science": "4", "sports": "2", "world": "1"}, ("title", "description"),
-        ("class", "title", "description"), news, md5="b1a00f826fdfbd249f79597b59e1dc12",
-        licence="for research, not for commerce"),
+        ("class", "title", "description"), news),
     "wikipedia": Recipe(
         "wikimedia/wikipedia", CONFIGURATION, {name: f"20231101.{name}" for name in ("de", "fr", "it", "nl")},
-        excerpt=CORPUS_EXCERPT, train_kb=2000, licence="CC BY-SA 3.0, GFDL"),
+        excerpt=CORPUS_EXCERPT, train_kb=2000),
     "slimpajama": Recipe(
         "DKYoon/SlimPajama-6B", "meta.redpajama_set_name",
         {"arxiv": "RedPajamaArXiv", "book": "RedPajamaBook", "github": "RedPajamaGithub",
-         "stackexchange": "RedPajamaStackExchange"}, excerpt=CORPUS_EXCERPT, train_kb=2000, licence="each part's own"),
+         "stackexchange": "RedPajamaStackExchange"}, excerpt=CORPUS_EXCERPT, train_kb=2000),
     "commoncorpus": Recipe(
         "PleIAs/common_corpus", "collection",
         {"books": "US-PD-Books", "patents": "USPTO", "tenders": "TEDEUTenders", "youtube": "Youtube-Commons-Whisper"},
-        excerpt=CORPUS_EXCERPT, train_kb=2000, licence="public domain or open, in each row"),
+        excerpt=CORPUS_EXCERPT, train_kb=2000),
 }
 
 
@@ -217,7 +212,7 @@ def rows(path: Path, columns: tuple[str, ...] | None = None) -> Iterator[tuple[s
     number, table = 0, path.suffix == ".csv"
     try:
         with open(path, encoding="utf-8-sig", newline="" if table else None) as file:
-            for number, row in enumerate(csv_rows(file, columns) if table else map(json.loads, filled(file)), 1):
+            for number, row in enumerate(csv_rows(file, columns) if table else json_rows(file), 1):
                 yield f"{path}, row {number}", row
     except UnicodeDecodeError:
         raise BadInput(f"`data` {path}: is not UTF-8 after row {number}; convert it") from None
@@ -225,8 +220,9 @@ def rows(path: Path, columns: tuple[str, ...] | None = None) -> Iterator[tuple[s
         raise BadInput(f"`data` {path}: row {number + 1} is no {path.suffix[1:]} ({error}); mend it") from None
 
 
-def filled(lines: Iterable[str]) -> Iterator[str]:
-    return (line for line in lines if line.strip())
+def json_rows(file: TextIO) -> Iterator[Row]:
+    """Raises ValueError."""
+    return (json.loads(line) for line in file if line.strip())
 
 
 def csv_rows(file: TextIO, columns: tuple[str, ...] | None) -> Iterator[Row]:
@@ -271,18 +267,15 @@ def documents(table: Iterable[tuple[str, Row]], recipe: Recipe) -> Iterator[Docu
 # --- the paper's corpora ---------------------------------------------------------------------------------------------
 
 def corpus(name: str, source: str | None, cache: Path, size: int) -> Iterator[Document]:
-    """The documents of one of CORPORA. source: instead of its own, a file, an address of one, a data set or a folder
-    like one. What is downloaded is kept in the cache: a file as it is, a data set as JSON lines, at most `size` bytes
-    and a document of each user. Raises BadInput, OSError."""
+    """The documents of one of CORPORA. source: instead of its own, a file or its address, a data set or a folder like
+    one. What comes over the network is kept in the cache as JSON lines of user and text. Raises BadInput, OSError."""
     recipe, source = CORPORA[name], source or CORPORA[name].source
-    path = download(name, source, cache) if "://" in source else Path(source)
+    path = Path(source)
     if path.suffix in TABLES and path.is_file():
         return documents(rows(path, recipe.columns), recipe)
-    if path.is_file():
-        raise BadInput(f"`source` {source}: not a .csv or .jsonl file; give one, or a data set")
     if path.exists():
         return streamed(name, source, size)
-    kept = cache / f"{name}-{shuffled(source).hex()[:8]}-{size}.jsonl"
+    kept = cache / f"{name}-{shuffled(source).hex()[:8]}-{'all' if size == EVERYTHING else size}.jsonl"
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_text(kept, "".join(json.dumps({"user": user, "text": text}, ensure_ascii=False) + "\n"
@@ -290,33 +283,19 @@ def corpus(name: str, source: str | None, cache: Path, size: int) -> Iterator[Do
     return documents(rows(kept), Recipe())
 
 
-def download(name: str, address: str, cache: Path) -> Path:
-    """The file of an address, in the cache. Raises BadInput, OSError."""
-    path = cache / f"{name}-{shuffled(address).hex()[:8]}{Path(address.partition('?')[0]).suffix}"
-    if path.suffix not in TABLES:
-        raise BadInput(f"`source` {address}: not a .csv or .jsonl file; give one, or a data set")
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        try:
-            write(path, lambda file: urllib.request.urlretrieve(address, file))
-        except (OSError, HTTPException) as error:
-            raise BadInput(f"`data` {name}: {address} can't be downloaded ({error}); try again, or give a file of it "
-                           "with `source`") from None
-    md5 = hashlib.md5(path.read_bytes()).hexdigest()
-    if address == CORPORA[name].source and md5 != CORPORA[name].md5:
-        raise BadInput(f"`data` {name}: {path} has MD5 {md5}, not {CORPORA[name].md5}; delete it and try again, or give "
-                       "a file with `source`")
-    return path
-
-
 def streamed(name: str, source: str, size: int) -> Iterator[Document]:
-    """The documents of a data set, until every user has `size` bytes. Raises BadInput."""
+    """The documents of a data set, or of a table at an address, until every user has `size` bytes. Raises BadInput."""
     recipe = CORPORA[name]
 
     def stream(configuration: str | None) -> Iterator[tuple[str, Row]]:
+        how = dict(path=source, name=configuration)
+        if "://" in source:
+            csv_file = Path(source.partition("?")[0]).suffix == ".csv"
+            how = dict(path="csv" if csv_file else "json", data_files=source) | (
+                dict(column_names=recipe.columns, keep_default_na=False) if csv_file else {})
         try:
             import datasets
-            for row in datasets.load_dataset(source, configuration, split="train", streaming=True):
+            for row in datasets.load_dataset(**how, split="train", streaming=True):
                 yield source, {CONFIGURATION: configuration, **row}
         except ImportError:
             raise BadInput(f"`data` {name}: needs a library that isn't here; pip install datasets, or give a file of "
@@ -327,7 +306,7 @@ def streamed(name: str, source: str, size: int) -> Iterator[Document]:
                            "`source`") from None
 
     each = recipe.user_field == CONFIGURATION
-    with tqdm(desc=name, unit="B", unit_scale=True, total=size * len(recipe.users)) as bar:
+    with tqdm(desc=name, unit="B", unit_scale=True) as bar:
         for users in [[user] for user in recipe.users] if each else [list(recipe.users)]:
             held, seen = dict.fromkeys(users, 0), set()
             for document in documents(stream(recipe.users[users[0]] if each else None), recipe):

@@ -1,12 +1,12 @@
-"""What a run says when it can't be had as asked. It knows of nothing else here."""
+"""What a run says when it can't be had as asked."""
 
 
 class BadInput(ValueError):
-    """One line: the setting, its value, what is wrong, and a remedy. Settings stand in backticks, by their field's name:
+    """One line: the setting, its value, what is wrong, and a remedy. Settings stand in backticks, by field:
 
         `train_kb` 0: not possible; give a number of at least 0.001
 
-    The command line makes flags of them (settings.status_of), and exits with status 2.
+    The command line makes flags of them (settings.status_of) and exits with status 2.
     """
 
 

@@ -8,8 +8,11 @@ import itertools
 import json
 import os
 import platform
+import signal
 import sys
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +20,7 @@ from typing import NamedTuple
 import numpy
 import tiktoken
 import torch
+from tqdm import tqdm
 
 from data import Text
 from federated import User
@@ -25,7 +29,7 @@ from support.errors import BadInput
 from support.files import read_json, write, write_json, write_text
 from support.guard import Guard
 from support.pretrained import Base
-from support.settings import Settings, plain
+from support.settings import Settings, given_in, plain, refuse, refuse_rest
 
 try:
     import fcntl
@@ -63,8 +67,8 @@ class Folder:
         self.path, self.config = Path(settings.out or free_name(f"out/{name}")), config
         old = [path for path in (self.path / file for file in FILES) if path.exists()]
         if old and not settings.overwrite and not settings.resume:
-            raise BadInput(f"`out` {self.path}: holds a run; take another folder, or `overwrite` to start anew in it, or "
-                           "`resume` to continue")
+            raise BadInput(f"`out` {self.path}: holds a run; take another folder, or `overwrite` to start anew in "
+                           "it, or `resume` to continue")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / "lock", "w")  # noqa: SIM115, it is to stay open
@@ -75,7 +79,7 @@ class Folder:
                     path.unlink()
                 write_json(self.path / "config.json", config)
         except BlockingIOError:
-            raise BadInput(f"`out` {self.path}: another process is at work in it; wait, or take another folder") from None
+            raise BadInput(f"`out` {self.path}: another process works in it; wait, or take another folder") from None
         except OSError as error:
             raise BadInput(f"`out` {self.path}: {error.strerror}; take another folder") from None
 
@@ -101,8 +105,8 @@ class Folder:
         begun = json_of(self.path / "config.json")
         for name, what in (("base", "init_from"), ("texts", "data")):
             if begun[name] != self.config[name]:
-                raise BadInput(f"`{what}`: is no longer what the run in {self.path} began with; bring it back, or start "
-                               "anew with `overwrite`")
+                raise BadInput(f"`{what}`: is no longer what the run in {self.path} began with; bring it back, or "
+                               "start anew with `overwrite`")
         state = newest(self.path, self.config["settings"]["device"], clean=True)
         self.forget_after(state["round"] if state else -1)
         return state
@@ -125,9 +129,9 @@ def free_name(name: str) -> str:
 
 
 def damaged(path: Path, error: Exception) -> BadInput:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return BadInput(f"`out` {path.parent}: {path.name} is missing, damaged or of another version ({reason}); start anew "
-                    "with `overwrite`")
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return BadInput(f"`out` {path.parent}: {path.name} is missing, damaged or of another version ({reason}); start "
+                    "anew with `overwrite`")
 
 
 def json_of(path: Path) -> dict:
@@ -139,6 +143,46 @@ def json_of(path: Path) -> dict:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise damaged(path, ValueError(f"not format {FORMAT}"))
     return content
+
+
+def settings_of(arguments: list[str] | None) -> Settings:
+    """The settings of a command line; of a run that is continued, its own. Raises BadInput."""
+    given, rest = given_in(arguments, Settings)
+    refuse_rest(rest)
+    if not given.get("resume"):
+        return Settings(**given)
+    if "out" not in given:
+        raise BadInput("`resume`: which run? give its folder with `out`")
+    if not (Path(given["out"]) / "config.json").exists():
+        raise BadInput(f"`resume`: `out` {given['out']} holds no run to continue; give another, or leave `resume` out")
+    saved = json_of(Path(given["out"]) / "config.json")["settings"]
+    settings = Settings(**saved | {"overwrite": False} | given)
+    for name in given.keys() - {"resume", "out"}:
+        if plain(settings)[name] != saved[name]:
+            refuse(name, given[name], f"the run in {given['out']} has {saved[name]}",
+                   "leave it out, or start anew with `overwrite`")
+    return settings
+
+
+@contextmanager
+def stopped_gently(path: Path | str) -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C end the run in that folder after its round, with a checkpoint, and the second one at once.
+    Gives a function that says whether the run is to end."""
+    asked = []
+
+    def ask(*_) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+        tqdm.write("stopping at the end of this round; press Ctrl-C again to stop at once", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: bool(asked)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"continue with: python train.py --resume --out {path}") from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

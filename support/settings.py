@@ -122,9 +122,9 @@ class Settings(Training):
         (1,), "specialist experts in a layer: one number for all users, or one for each", int, low=0, high=1000,
         many=True, group=USERS)
     generalists: int = setting(1, "generalist experts in a layer", int, low=0, high=1000, group=USERS)
-    top_k: int = setting(2, "experts for a token; a user with fewer uses all it has. With 1 the router can't learn", int,
-                         low=1, group=USERS)
-    method: str = setting("comigs", "a row of methods.py", choices=tuple(METHODS), group=USERS)
+    top_k: int = setting(2, "experts for a token; a user with fewer uses all it has; with 1 the router can't learn",
+                         int, low=1, group=USERS)
+    method: str = setting("comigs", f"a row of methods.py: {', '.join(METHODS)}", choices=tuple(METHODS), group=USERS)
     expert: str = setting("mlp", "mlp: feed-forward blocks; lora: low-rank changes of the base's, which is frozen",
                           choices=tuple(EXPERTS), group=USERS)
     lora_rank: tuple[int, ...] = setting(
@@ -137,8 +137,8 @@ class Settings(Training):
     user_field: str | None = setting(None, "the field of a .csv or .jsonl file that says whose text it is (default: "
                                            "user)", group=TEXT)
     text_field: str | None = setting(None, "the field that holds the text (default: text)", group=TEXT)
-    source: str | None = setting(None, "where to read a named corpus instead of at its own address: a file, an address, "
-                                       "a data set", group=TEXT)
+    source: str | None = setting(None, "a file, an address or a data set to read a named corpus from instead of its "
+                                       "own", group=TEXT)
     cache: str = setting("out/cache", "folder for downloaded text", group=TEXT)
     short_users: str = setting("refuse", "what to do about users with too little text", choices=("refuse", "leave-out"),
                                group=TEXT)
@@ -169,7 +169,7 @@ class Settings(Training):
                                    "answers", float, low=0, group=FEDERATION)
     eval_every: int = setting(16, "rounds between evaluations on validation text", int, low=1, group=RUN)
     plot: bool = setting(False, "also draw curves.png and curves.svg (needs matplotlib)", bool, group=RUN)
-    tensorboard: bool = setting(False, "also log losses and shares for TensorBoard (needs tensorboard)", bool, group=RUN)
+    tensorboard: bool = setting(False, "also log figures for TensorBoard (needs tensorboard)", bool, group=RUN)
     out: str | None = setting(None, "folder of the run (default: a new one under out/)", group=RUN)
     resume: bool = setting(False, "continue the run in --out from its newest checkpoint, with its settings", bool,
                            group=RUN)
@@ -221,7 +221,7 @@ class Parser(argparse.ArgumentParser):
 def given_in(arguments: list[str] | None, kind: type) -> tuple[dict, list[str]]:
     """The settings of some kind that are on a command line (None: this process's), and the arguments that are none of
     its. Raises BadInput."""
-    parser = Parser(description=kind.__doc__.split(". ")[0] + ".", allow_abbrev=False,
+    parser = Parser(usage="%(prog)s [settings]", description=kind.__doc__.split(". ")[0] + ".", allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
     groups = {title: parser.add_argument_group(title or "settings") for title in GROUPS}
     for name, flag in flags(kind).items():
@@ -230,9 +230,11 @@ def given_in(arguments: list[str] | None, kind: type) -> tuple[dict, list[str]]:
         if flag.kind is bool:
             group.add_argument(option, action="store_true", help=flag.help)
         else:
-            values = "LIST" if flag.many else "|".join(flag.choices) or flag.kind.__name__.upper()
+            few = "|".join(flag.choices) if len(flag.choices) < 6 else ""
+            values = "LIST" if flag.many else few or {int: "N", float: "X", str: "NAME"}[flag.kind]
             shown = ",".join(map(str, default)) if flag.many and default else default
-            group.add_argument(option, metavar=values, help=flag.help + ("" if shown is None else f" (default: {shown})"))
+            text = flag.help if shown is None else f"{flag.help} (default: {shown})"
+            group.add_argument(option, metavar=values, help=text)
     given, rest = parser.parse_known_args(arguments)
     parsed = {}
     for name, text in vars(given).items():
