@@ -163,6 +163,11 @@ class Routing(NamedTuple):
     scores: Tensor | None = None  # (N, E), of all experts; None where there is no router
 
 
+def to_all(gates: Tensor, scores: Tensor | None = None) -> Routing:
+    """Every token goes to all experts, in order: gates (N, E)."""
+    return Routing(gates, torch.arange(gates.shape[1], device=gates.device).expand_as(gates), scores)
+
+
 class Router(nn.Module):
     """φ: one linear map that picks k experts for each token and weighs them: (N, C) -> Routing."""
 
@@ -176,20 +181,9 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Routing:
         scores = self.scores(x)  # (N, E)
         if self.top_k == scores.shape[1]:
-            return Routing(scores.softmax(-1), everyone(scores), scores)
+            return to_all(scores.softmax(-1), scores)
         highest, chosen = scores.topk(self.top_k)  # (N, k) each
         return Routing(highest.softmax(-1), chosen, scores)  # a softmax over the chosen only
-
-
-def given(x: Tensor, weights: Tensor) -> Routing:
-    """Instead of a router: every token goes to all experts, with the same weights (E,)."""
-    gates = weights.to(x).expand(len(x), -1)  # (N, E)
-    return Routing(gates, everyone(gates))
-
-
-def everyone(gates: Tensor) -> Tensor:
-    """All experts, in order, for every token: (N, E)."""
-    return torch.arange(gates.shape[1], device=gates.device).expand_as(gates)
 
 
 def by_expert(routing: Routing, E: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
@@ -282,7 +276,7 @@ class MoE(nn.Module):
         tokens = x.flatten(0, 1)  # (N, C)
         if weights is None and self.router is None:
             weights = torch.full((self.n_experts,), 1 / self.n_experts)
-        routing = self.router(tokens) if weights is None else given(tokens, weights)
+        routing = self.router(tokens) if weights is None else to_all(weights.to(x).expand(len(tokens), -1))
         return self.experts(tokens, routing).view_as(x), routing
 
 
@@ -313,9 +307,8 @@ class GPT(nn.Module):
     model(idx) -> (logits (B, T, V), None); model(idx, targets) -> (None, mean cross-entropy in nats).
     idx and targets: (B, T) token numbers, T at most `block_size`. gates: weights (L, E) that stand in for the routers'.
 
-    `pretrained` are tensors under the names that they have in a plain GPT (`plain_name`). Frozen ones are taken as they
-    are, so that models on the same base hold them once; of the others the model gets copies. `generator` draws the
-    initial weights that aren't among them.
+    pretrained: tensors by the names they have in a GPT without a mixture (`plain_name`). Frozen ones are taken as they
+    are, so that models on the same base hold them once; the others are copied. generator: draws what isn't pretrained.
     """
 
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None,
@@ -444,8 +437,7 @@ class GPT(nn.Module):
         tokens there are, where a tokenizer has fewer than the model.
 
         What a token sees begins where the text begins, until that is more than block_size away; then the beginning
-        moves on by half of that. In between, keys and values are kept, so that a token is computed once. Without the
-        cache everything that a token sees is computed anew, with the same result.
+        moves on by half of that. In between, keys and values are kept (or, without the cache, computed anew).
         """
         half, start, pasts = (self.config.block_size + 1) // 2, 0, [[] for _ in self.blocks]
         unread = idx  # (B, t)

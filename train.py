@@ -148,7 +148,7 @@ class Run:
             self.start -= state["seconds"]
         self.board = plots.board(self.folder.path) if settings.tensorboard and self.first else None
 
-    def play(self, bar: tqdm, stop: Callable[[], bool] = bool) -> dict:
+    def play(self, bar: tqdm, stop: Callable[[], bool] = lambda: False) -> dict:
         """Play the rounds; returns what result.json holds. Moves the bar by `users` a round. If it is to stop, it ends
         after a round, with a checkpoint, and raises KeyboardInterrupt."""
         settings, valid = self.settings, None

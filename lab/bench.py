@@ -11,17 +11,16 @@ All take --device cuda. Figures are medians, with quartiles in brackets.
 import argparse
 import itertools
 import resource
-import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from bilevel import Level, Rhythm, constant
@@ -34,38 +33,23 @@ GPT2 = dict(vocab_size=50257, block_size=128, n_layer=12, n_head=12, n_embd=768,
 REPEATS = 30
 STEPS = 5  # of GPT-2, in each process
 
-Work = Callable[[], object]
+
+def timed(repeats: int, device: str, *works: Callable[[], object]) -> Tensor:
+    """The seconds of each work, all of them in turn: (works, repeats)."""
+    times = []
+    for _ in tqdm(range(1 + repeats), leave=False, disable=None):
+        for work in works:
+            start = time.perf_counter()
+            work()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    return torch.tensor(times).view(-1, len(works))[1:].t()  # without the first, which warms up
 
 
-# --- taking times ----------------------------------------------------------------------------------------------------
-
-def seconds(work: Work, device: str) -> float:
-    start = time.perf_counter()
-    work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def timed(repeats: int, device: str, *works: Work) -> list[tuple[float, ...]]:
-    """The seconds of each work, all of them in turn: works × (repeats,)."""
-    for work in works:
-        work()
-    rows = [[seconds(work, device) for work in works] for _ in tqdm(range(repeats), leave=False, disable=None)]
-    return list(zip(*rows, strict=True))
-
-
-def quartiles(values: Iterable[float]) -> str:
-    low, middle, high = statistics.quantiles(values, n=4)
+def quartiles(values: Tensor) -> str:
+    low, middle, high = values.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
-
-
-def ratio(ours: Iterable[float], theirs: Iterable[float]) -> str:
-    return quartiles(a / b for a, b in zip(ours, theirs, strict=True))
-
-
-def machine(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{torch.get_num_threads()} threads"
 
 
 def peak_memory(device: str) -> float:
@@ -81,10 +65,8 @@ def alone(work: Callable, *arguments):
         return pool.submit(work, *arguments).result()
 
 
-# --- what is timed ---------------------------------------------------------------------------------------------------
-
-def matmuls(device: str) -> tuple[Work, int]:
-    """A work that only multiplies matrices, and how many operations it takes."""
+def matmuls(device: str) -> tuple[Callable[[], object], int]:
+    """A work that only multiplies matrices, and its number of operations."""
     n, dtype = (8192, torch.bfloat16) if device.startswith("cuda") else (1024, torch.float32)
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     return lambda: [a @ b for _ in range(10)], 10 * 2 * n ** 3
@@ -93,9 +75,8 @@ def matmuls(device: str) -> tuple[Work, int]:
 def step_operations(config: GPTConfig, B: int) -> int:
     """Operations that a training step needs, two per multiply-add: the forward pass, as much again for the gradients
     of activations and, where weights learn, for those of weights."""
-    C, T, V, L, E, r = (getattr(config, name) for name in (
-        "n_embd", "block_size", "vocab_size", "n_layer", "n_experts", "lora_rank"))
-    k = min(config.top_k, E)
+    C, T, V, L, E = config.n_embd, config.block_size, config.vocab_size, config.n_layer, config.n_experts
+    k, r = min(config.top_k, E), config.lora_rank
     attention = 2 * C * (T + 1) / 2  # scores and mixing, over the tokens up to this one
     if config.expert == "mlp":
         return round(3 * 2 * B * T * (L * (4 * C * C + attention + C * E + k * 8 * C * C) + V * C))
@@ -105,35 +86,30 @@ def step_operations(config: GPTConfig, B: int) -> int:
     return round(2 * B * T * (2 * frozen - first + 3 * L * (low_rank + attention + C * E)))
 
 
-def step_of(model: Callable[[Tensor, Tensor], tuple], parameters: dict[str, nn.Parameter], config: GPTConfig, B: int,
-            device: str) -> Work:
-    """A training step on a batch of B windows, which is always the same."""
+def level_of(model: nn.Module, parameters: dict[str, nn.Parameter], config: GPTConfig, B: int) -> Level:
+    """A level of a model that learns from one batch of B windows, again and again."""
+    device = next(model.parameters()).device
     batch = torch.randint(config.vocab_size, (2, B, config.block_size), device=device).unbind()
-    level = Level(parameters, itertools.repeat(batch), 1e-3, 0.1, constant)
-    return lambda: level.step(model)
+    return Level(parameters, itertools.repeat(batch), 1e-3, 0.1, constant)
 
 
-def expert_step(model: GPT, B: int, device: str) -> Work:
-    return step_of(model, model.having(GENERALIST, SPECIALIST), model.config, B, device)
+def expert_step(model: GPT, B: int) -> Callable[[], Tensor]:
+    return partial(level_of(model, model.having(GENERALIST, SPECIALIST), model.config, B).step, model)
 
 
-def dense_step(config: GPTConfig, B: int, device: str) -> list[Work]:
-    """A step of Hugging Face's GPT-2 with a feed-forward block as wide as k experts, or nothing where it lacks."""
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel
-    except ImportError:
-        print("without the plain dense step, which needs transformers: pip install -r requirements-dev.txt")
-        return []
+def dense_step(config: GPTConfig, B: int, device: str) -> Callable[[], Tensor]:
+    """A step of Hugging Face's GPT-2, its feed-forward block as wide as k experts. Raises ImportError."""
+    from transformers import GPT2Config, GPT2LMHeadModel
     gpt2 = GPT2LMHeadModel(GPT2Config(
-        config.vocab_size, config.block_size, config.n_embd, config.n_layer, config.n_head,
-        n_inner=config.top_k * 4 * config.n_embd, activation_function="gelu", resid_pdrop=0, embd_pdrop=0,
-        attn_pdrop=0, use_cache=False, bos_token_id=0, eos_token_id=0)).to(device)
+        vocab_size=config.vocab_size, n_positions=config.block_size, n_layer=config.n_layer, n_head=config.n_head,
+        n_embd=config.n_embd, n_inner=config.top_k * 4 * config.n_embd, activation_function="gelu", resid_pdrop=0,
+        embd_pdrop=0, attn_pdrop=0, use_cache=False, bos_token_id=0, eos_token_id=0)).to(device)
 
     def model(idx: Tensor, targets: Tensor) -> tuple[None, Tensor]:
         with precision(idx):
-            return None, F.cross_entropy(gpt2(idx).logits.flatten(0, 1), targets.flatten())
+            return None, gpt2(idx, labels=targets).loss
 
-    return [step_of(model, dict(gpt2.named_parameters()), config, B, device)]
+    return partial(level_of(gpt2, dict(gpt2.named_parameters()), config, B).step, model)
 
 
 class BlockCopies(nn.Module):
@@ -155,48 +131,37 @@ class BlockCopies(nn.Module):
         return y
 
 
-def with_block_copies(config: GPTConfig) -> GPT:
-    """The same model in its plain forms, with a copy of the block for every expert."""
-    model = GPT(replace(config, fast=False))
-    for block in model.blocks:
-        block.moe.experts = BlockCopies(block.moe.experts)
-    model.roles = model.find_roles()
-    return model
-
-
 # --- the benches -----------------------------------------------------------------------------------------------------
 
 def bench_scratch(device: str) -> None:
-    """The default step, as a share of the matmul rate and against a dense one; the mixture against a dense block."""
+    """The default step, as a share of the matmul rate and over a dense one; a mixture over a dense block."""
     config, B = GPTConfig(**DEFAULT), Settings.batch_size
-    C, T = config.n_embd, config.block_size
     matmul, operations = matmuls(device)
-    needed = step_operations(config, B) / operations  # in works of only multiplying
-    step, product, *dense = timed(REPEATS, device, expert_step(GPT(config).to(device), B, device), matmul,
-                                  *dense_step(config, B, device))
-    print(f"{machine(device)}; {config.n_layer} layers of {C}, batch {B} x {T}")
-    print(f"matmul rate, GFLOP/s: {quartiles(operations / s / 1e9 for s in product)}")
-    print(f"training step, ms: {quartiles(1000 * s for s in step)}")
-    print(f"training step, share of the matmul rate: {ratio((needed * s for s in product), step)}")
+    works = [matmul, expert_step(GPT(config).to(device), B)]
+    try:
+        works.append(dense_step(config, B, device))
+    except ImportError:
+        print("no plain dense step, which needs transformers: pip install -r requirements-dev.txt")
+    product, step, *dense = timed(REPEATS, device, *works)
+    print(f"matmul rate, GFLOP/s: {quartiles(operations / product / 1e9)}")
+    print(f"training step, ms: {quartiles(1000 * step)}")
+    print(f"training step, share of the matmul rate: {quartiles(step_operations(config, B) / operations * product / step)}")
     for plain in dense:
-        print(f"training step / plain dense step: {ratio(step, plain)}")
+        print(f"training step / plain dense step: {quartiles(step / plain)}")
 
+    C, hidden = config.n_embd, config.top_k * 4 * config.n_embd
     moe = MoE(replace(config, specialists=8)).to(device)
-    block = nn.Sequential(nn.Linear(C, 8 * C), nn.GELU(), nn.Linear(8 * C, C)).to(device)
+    block = nn.Sequential(nn.Linear(C, hidden), nn.GELU(), nn.Linear(hidden, C)).to(device)
     for tokens in (1024, 4096):
-        x = torch.randn(tokens // T, T, C, device=device, requires_grad=True)
-
-        def there_and_back(y: Tensor, part: nn.Module, x: Tensor = x):
-            torch.autograd.grad(y, [x, *part.parameters()], torch.ones_like(y))
-
-        mixture, dense = timed(REPEATS, device, lambda x=x, work=there_and_back: work(moe(x)[0], moe),
-                               lambda x=x, work=there_and_back: work(block(x), block))
-        print(f"mixture of 9, top-2 / dense block of the same work, {tokens} tokens: {ratio(mixture, dense)}")
+        x = torch.randn(1, tokens, C, device=device, requires_grad=True)
+        mixture, dense = timed(
+            REPEATS, device, lambda x=x: torch.autograd.grad(moe(x)[0], [x, *moe.parameters()], x.detach()),
+            lambda x=x: torch.autograd.grad(block(x), [x, *block.parameters()], x.detach()))
+        print(f"mixture of 9, top-2 / dense block of the same work, {tokens} tokens: {quartiles(mixture / dense)}")
 
 
 def bench_kernels(device: str) -> None:
     """A step with plain forms over one with fast forms: above 1, the hand-written gradients save time."""
-    print(f"{machine(device)}; seconds of a step, plain forms / fast forms")
     for name, shape, B in (("default", DEFAULT | {"expert": "lora"}, Settings.batch_size),
                            ("GPT-2, two layers", GPT2 | {"n_layer": 2}, 2)):
         for experts in (2, 9):
@@ -204,36 +169,35 @@ def bench_kernels(device: str) -> None:
             for mixture, head in ((False, False), (True, True), (True, False), (False, True)):
                 model = GPT(GPTConfig(**shape, specialists=experts - 1, fast=mixture)).to(device)
                 model.config = replace(model.config, fast=head)  # its layers were built with the other
-                steps.append(expert_step(model, B, device))
+                steps.append(expert_step(model, B))
             plain, *fast = timed(REPEATS, device, *steps)
-            both, mixture, head = (ratio(plain, times) for times in fast)
-            print(f"{name}, {experts} experts: {both}; only the mixture fast {mixture}; only the head {head}")
+            both, mixture, head = (quartiles(plain / one) for one in fast)
+            print(f"{name}, {experts} experts, plain / fast: {both}; only mixture fast {mixture}; only head {head}")
 
 
-def steps_of(copies: bool, config: GPTConfig, B: int, device: str) -> tuple[list[float], list[float], int, float]:
-    """Of STEPS steps: tokens per second and shares of the matmul rate; and the model's parameters and peak GB."""
-    model = (with_block_copies if copies else GPT)(config).to(device)
+def steps_of(copies: bool, config: GPTConfig, B: int, device: str) -> tuple[Tensor, Tensor, int, float]:
+    """Of STEPS steps: tokens per second, and shares of the matmul rate; and the model's parameters and peak GB."""
+    model = GPT(replace(config, fast=not copies)).to(device)
+    if copies:
+        for block in model.blocks:
+            block.moe.experts = BlockCopies(block.moe.experts)
+        model.roles = model.find_roles()
     matmul, operations = matmuls(device)
-    step, product = timed(STEPS, device, expert_step(model, B, device), matmul)
-    needed = step_operations(config, B) / operations
-    return ([B * config.block_size / s for s in step],
-            [needed * m / s for s, m in zip(step, product, strict=True)],
-            sum(parameter.numel() for parameter in model.parameters()), peak_memory(device))
+    product, step = timed(STEPS, device, matmul, expert_step(model, B))
+    share = step_operations(config, B) / operations * product / step
+    return B * config.block_size / step, share, sum(p.numel() for p in model.parameters()), peak_memory(device)
 
 
 def federation(config: GPTConfig, specialists: list[int], B: int, device: str) -> tuple[int, list[int], float]:
     """A round in which every user takes one step on each level. Returns how many different parameters the users have,
     how many numbers they hold with Adam's moments after each user's turn, and the peak GB."""
     base = {GPT.plain_name(name): frozen for name, frozen in GPT(config).having(BACKBONE).items()}
-    batch = torch.randint(config.vocab_size, (2, B, config.block_size), device=device).unbind()
-    users = []
+    users, parameters, moments, held = [], {}, {}, []
     for name, S in enumerate(specialists):
         model = GPT(replace(config, specialists=S), pretrained=base).to(device)
-        levels = [Level(model.having(*roles), itertools.repeat(batch), 1e-3, 0.0, constant)
-                  for roles in ((GENERALIST, SPECIALIST), (ROUTER,))]
-        users.append(User(str(name), model, *levels))
+        users.append(User(str(name), model, *(level_of(model, model.having(*roles), config, B)
+                                              for roles in ((GENERALIST, SPECIALIST), (ROUTER,)))))
     server = Server(users[0].model.having(GENERALIST))
-    parameters, moments, held = {}, {}, []
     for user in users:
         federated_round(server, [user], Rhythm(1, 1, 1))
         parameters |= {id(tensor): tensor.numel() for tensor in user.model.parameters()}
@@ -245,21 +209,19 @@ def federation(config: GPTConfig, specialists: list[int], B: int, device: str) -
 
 def bench_gpt2(device: str) -> None:
     """A step against block copies, each side in a process of its own, in turn; what users hold, and a further one."""
-    config = GPTConfig(**GPT2)
-    B = 64 if device.startswith("cuda") else 8
-    with torch.device("meta"):
-        one = sum(parameter.numel() for parameter in GPT(config).having(BACKBONE).values())
-    print(f"{machine(device)}; {config.n_layer} layers of {config.n_embd}, {one:,} parameters, batch {B} x "
-          f"{config.block_size}")
+    config, B = GPTConfig(**GPT2), 64 if device.startswith("cuda") else 8
     for experts in (2, 9):
         sized, speeds = replace(config, specialists=experts - 1), []
         runs = [alone(steps_of, copies, sized, B, device) for copies in (False, True) * 2]
         for name, (first, second) in {"ours": runs[::2], "block copies": runs[1::2]}.items():
-            speeds.append(first[0] + second[0])
+            speeds.append(torch.cat([first[0], second[0]]))
             print(f"{experts} experts, {name}: tokens/s {quartiles(speeds[-1])}, share of the matmul rate "
-                  f"{quartiles(first[1] + second[1])}, {first[2]:,} parameters, peak {max(first[3], second[3]):.2f} GB")
-        print(f"{experts} experts, ours / block copies: {ratio(*speeds)} times the tokens per second")
+                  f"{quartiles(torch.cat([first[1], second[1]]))}, {first[2]:,} parameters, "
+                  f"peak {max(first[3], second[3]):.2f} GB")
+        print(f"{experts} experts, ours / block copies: {quartiles(speeds[0] / speeds[1])} times the tokens per second")
     parameters, _, peak = alone(federation, config, [1, 2, 4, 8], B, device)
+    with torch.device("meta"):
+        one = sum(parameter.numel() for parameter in GPT(config).having(BACKBONE).values())
     print(f"4 users of 1, 2, 4, 8 specialists: {parameters:,} parameters, {parameters / one:.3f} of one GPT-2; "
           f"peak {peak:.2f} GB")
     (_, _, few), (_, held, many) = (alone(federation, config, [1] * users, 1, device) for users in (4, 64))
@@ -268,21 +230,16 @@ def bench_gpt2(device: str) -> None:
           f"{(many - few) * 1000 / 60:.1f} MB a user")
 
 
-def token_rate(model: GPT, length: int, cache: bool, device: str, tokens: int = 12) -> float:
-    """Tokens per second of sampling after so many tokens, the median of a few."""
-    stream = model.stream(torch.randint(model.config.vocab_size, (1, length), device=device), 1 + tokens, cache=cache)
-    next(stream)  # reads the text
-    return 1 / statistics.median(seconds(lambda: next(stream), device) for _ in range(tokens))
-
-
 def bench_sample(device: str) -> None:
     """Tokens per second at the 5th and the 500th position, with and without the cache of keys and values."""
-    print(machine(device))
     for name, shape in (("default", DEFAULT), ("GPT-2", GPT2)):
-        model = GPT(GPTConfig(**shape | {"block_size": 512})).to(device)
-        early, late, without = (token_rate(model, *how, device) for how in ((5, True), (500, True), (500, False)))
-        print(f"{name}: {early:.0f} tokens/s at position 5, {late:.0f} at 500; without the cache {without:.1f} at 500: "
-              f"{late / without:.1f} times as many")
+        model, rates = GPT(GPTConfig(**shape | {"block_size": 512})).to(device), []
+        for length, cache in ((5, True), (500, True), (500, False)):
+            idx = torch.randint(model.config.vocab_size, (1, length), device=device)
+            stream = model.stream(idx, 13, cache=cache)
+            rates.append(1 / timed(12, device, partial(next, stream)).median().item())  # the first reads the text
+        print(f"{name}: {rates[0]:.0f} tokens/s at position 5, {rates[1]:.0f} at 500; without the cache {rates[2]:.1f} "
+              f"at 500: {rates[1] / rates[2]:.1f} times as many")
 
 
 BENCHES = {"scratch": bench_scratch, "kernels": bench_kernels, "gpt2": bench_gpt2, "sample": bench_sample}
@@ -293,6 +250,8 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=BENCHES, default="scratch")
     parser.add_argument("--device", default="cpu")
     asked = parser.parse_args()
+    print(torch.cuda.get_device_name(asked.device) if asked.device.startswith("cuda")
+          else f"{torch.get_num_threads()} threads", "medians and quartiles", sep="; ")
     torch.manual_seed(0)
     BENCHES[asked.what](asked.device)
 

@@ -11,9 +11,9 @@ import html
 import importlib.util
 import json
 import re
-import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
@@ -37,33 +37,24 @@ class Document(NamedTuple):
     split: str = ""  # where it belongs, if its owner says so: train, valid or test
 
 
-# --- on this machine: domain -> documents ----------------------------------------------------------------------------
+# --- on this machine -------------------------------------------------------------------------------------------------
 
 def shuffled(key: str) -> bytes:
     """A sort key for an arbitrary order that is the same on every machine."""
     return hashlib.sha256(key.encode()).digest()
 
 
-def package(name: str) -> Path:
-    """The folder of an installed package, which isn't imported."""
-    return Path(importlib.util.find_spec(name).origin).parent
-
-
-def source_files(root: Path, pattern: str, without: tuple[str, ...] = ()) -> Iterator[str]:
-    """The files of a folder, except for paths that contain one of `without`."""
+def source_files(module: str, pattern: str, without: tuple[str, ...] = ()) -> Iterator[str]:
+    """The files beside a module, which isn't imported, except for paths that contain one of `without`."""
+    root = Path(importlib.util.find_spec(module).origin).parent
     for name in sorted((path.relative_to(root).as_posix() for path in root.glob(pattern)), key=shuffled):
         if not any(part in name for part in without):
             yield (root / name).read_text(encoding="utf-8", errors="replace")
 
 
-def headers() -> Iterator[str]:
-    """PyTorch's C++ headers, without the thousands that were generated from one template."""
-    return source_files(package("torch"), "include/**/*.h", without=("ATen/ops/",))
-
-
 def operators() -> Iterator[str]:
     """PyTorch's operators: an entry of native_functions.yaml is a document."""
-    text = next(source_files(package("torchgen"), "packaged/ATen/native/native_functions.yaml"))
+    text = next(source_files("torchgen", "packaged/ATen/native/native_functions.yaml"))
     yield from sorted(text.split("\n\n"), key=shuffled)
 
 
@@ -73,18 +64,13 @@ def manual() -> Iterator[str]:
     yield from (topics[name] for name in sorted(topics, key=shuffled))
 
 
-def python(name: str) -> Callable[[], Iterator[str]]:
-    return lambda: source_files(package(name), "**/*.py")
-
-
 def pretraining() -> Iterator[str]:
     """The Python sources of the standard library and numpy, which no user holds, for the pretraining of a base.
 
     Left out are the manual, which is a user's; what setuptools has copies of, likewise; and tests.
     """
     without = ("site-packages/", "dist-packages/", "pydoc_data/", "distutils/", "importlib/", "test")
-    library = source_files(Path(sysconfig.get_paths()["stdlib"]), "**/*.py", without)
-    numpy = source_files(package("numpy"), "**/*.py", ("test",))
+    library, numpy = source_files("ast", "**/*.py", without), source_files("numpy", "**/*.py", ("test",))
     yield from sorted((*library, *numpy), key=shuffled)
 
 
@@ -97,12 +83,13 @@ def excerpts(documents: Iterable[str]) -> Iterator[str]:
             yield excerpt
 
 
-BUILTIN = {
-    "builtin": {  # four domains that share little
-        "cpp": headers, "yaml": operators, "english": manual, "sympy": python("sympy"),
+BUILTIN = {  # name -> domain -> documents
+    "builtin": {  # four domains that share little; PyTorch's headers without the thousands made from one template
+        "cpp": partial(source_files, "torch", "include/**/*.h", ("ATen/ops/",)), "yaml": operators, "english": manual,
+        "sympy": partial(source_files, "sympy", "**/*.py"),
     },
     "builtin-python": {  # four that share much
-        name: python(name) for name in ("sympy", "networkx", "torch", "setuptools")
+        name: partial(source_files, name, "**/*.py") for name in ("sympy", "networkx", "torch", "setuptools")
     },
 }
 

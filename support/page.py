@@ -102,10 +102,10 @@ def worth(user: Learned, tokens: np.ndarray, gates: np.ndarray) -> tuple[float, 
 
 def favourites(words: list[str], gates: np.ndarray, most: int = 10, often: int = 5) -> list[tuple[str, float]]:
     """The tokens, of those that come often enough, that an expert has its largest mean gates for, and these."""
-    names, which = np.unique(words, return_inverse=True)
+    names, which = np.unique(np.array(words, dtype=object), return_inverse=True)
     count, total = np.bincount(which), np.bincount(which, gates)
     mean = np.where(count >= often, total / count, 0)
-    return [(str(names[i]), float(mean[i])) for i in np.argsort(-mean, kind="stable")[:most] if mean[i] > 0]
+    return [(names[i], float(mean[i])) for i in np.argsort(-mean, kind="stable")[:most] if mean[i] >= 0.005]
 
 
 def by_kind(words: list[str], share: np.ndarray) -> dict[str, float]:

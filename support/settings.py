@@ -35,7 +35,6 @@ class Flag:
     below: float | None = None  # a bound that is itself too large
     choices: tuple[str, ...] = ()
     many: bool = False  # several values, such as one for each user
-    group: str = ""  # the heading in --help
 
     def parse(self, text: str):
         """The value of a text from the command line. Raises ValueError."""
@@ -54,16 +53,15 @@ class Flag:
             return f"take one of {', '.join(self.choices)}"
         if self.kind is str:
             return "give a name"
+        bounds = (("above ", self.above), ("of at least ", self.low), ("at most ", self.high), ("below ", self.below))
         number = "a whole number" if self.kind is int else "a number"
-        bound = f"above {self.above}" if self.low is None else f"of at least {self.low}"
-        limit = f" and at most {self.high}" if self.high is not None else ""
-        limit += f" and below {self.below}" if self.below is not None else ""
-        return f"give {number} {bound}{limit}" + (", or several, separated by commas" if self.many else "")
+        within = " and ".join(f"{word}{bound}" for word, bound in bounds if bound is not None)
+        return f"give {number} {within}" + (", or several, separated by commas" if self.many else "")
 
 
-def setting(default, help: str, kind: type = str, **values):
+def setting(default, help: str, kind: type = str, low: float | None = None, **values):
     """A field of settings; `values` as in Flag."""
-    return field(default=default, metadata={"flag": Flag(help, kind, **values)})
+    return field(default=default, metadata={"flag": Flag(help, kind, low, **values)})
 
 
 def flags(kind: type) -> dict[str, Flag]:
@@ -87,27 +85,23 @@ def check(settings) -> None:
 
 SCRATCH = dict(n_layer=3, n_head=4, n_embd=128)  # the shape, where no base decides
 
-USERS, TEXT, LEARNING, FEDERATION, RUN, _ = GROUPS = ("users and experts", "text", "learning", "federation", "run", "")
-
 
 @dataclass
 class Training:
     """What training any model needs. Raises BadInput."""
 
-    batch_size: int = setting(8, "windows in a batch", int, low=1, high=1_000_000, group=LEARNING)
-    block_size: int = setting(64, "tokens in a window", int, low=1, high=1_000_000, group=LEARNING)
-    lr: float = setting(6e-3, "the experts' highest learning rate", float, above=0, group=LEARNING)
-    warmup: int = setting(100, "steps up to the highest learning rate; at most a fifth of all steps", int, low=0,
-                          group=LEARNING)
-    weight_decay: float = setting(0.1, "AdamW's weight decay; routers have none", float, low=0, group=LEARNING)
-    n_layer: int | None = setting(None, "layers (default: 3, or the base's)", int, low=1, high=1000, group=LEARNING)
-    n_head: int | None = setting(None, "attention heads (default: 4, or the base's)", int, low=1, group=LEARNING)
-    n_embd: int | None = setting(None, "channels (default: 128, or the base's)", int, low=1, high=1_000_000,
-                                 group=LEARNING)
-    seed: int = setting(0, "the seed of everything that is random", int, low=0, group=RUN)
-    device: str = setting("cpu", "cpu, cuda (in bfloat16), cuda:1, mps, ...", group=RUN)
-    compile: bool = setting(False, "compile the models with torch.compile", bool, group=RUN)
-    overwrite: bool = setting(False, "start anew in a folder that is in use", bool, group=RUN)
+    batch_size: int = setting(8, "windows in a batch", int, 1, high=1_000_000)
+    block_size: int = setting(64, "tokens in a window", int, 1, high=1_000_000)
+    lr: float = setting(6e-3, "the experts' highest learning rate", float, above=0)
+    warmup: int = setting(100, "steps up to the highest learning rate; at most a fifth of all steps", int, 0)
+    weight_decay: float = setting(0.1, "AdamW's weight decay; routers have none", float, 0)
+    n_layer: int | None = setting(None, "layers (default: 3, or the base's)", int, 1, high=1000)
+    n_head: int | None = setting(None, "attention heads (default: 4, or the base's)", int, 1)
+    n_embd: int | None = setting(None, "channels (default: 128, or the base's)", int, 1, high=1_000_000)
+    seed: int = setting(0, "the seed of everything that is random", int, 0)
+    device: str = setting("cpu", "cpu, cuda (in bfloat16), cuda:1, mps, ...")
+    compile: bool = setting(False, "compile the models with torch.compile", bool)
+    overwrite: bool = setting(False, "start anew in a folder that is in use", bool)
 
     def __post_init__(self):
         check(self)
@@ -117,62 +111,50 @@ class Training:
 class Settings(Training):
     """One run of train.py. Values that are given once for all users are repeated for each. Raises BadInput."""
 
-    users: int = setting(4, "number of users", int, low=1, high=100_000, group=USERS)
+    users: int = setting(4, "number of users", int, 1, high=100_000)
     specialists: tuple[int, ...] = setting(
-        (1,), "specialist experts in a layer: one number for all users, or one for each", int, low=0, high=1000,
-        many=True, group=USERS)
-    generalists: int = setting(1, "generalist experts in a layer", int, low=0, high=1000, group=USERS)
-    top_k: int = setting(2, "experts for a token; a user with fewer uses all it has; with 1 the router can't learn",
-                         int, low=1, group=USERS)
-    method: str = setting("comigs", f"a row of methods.py: {', '.join(METHODS)}", choices=tuple(METHODS), group=USERS)
+        (1,), "specialist experts in a layer: one number for all users, or one for each", int, 0, high=1000, many=True)
+    generalists: int = setting(1, "generalist experts in a layer", int, 0, high=1000)
+    top_k: int = setting(
+        2, "experts for a token; a user with fewer uses all it has; with 1 the router can't learn", int, 1)
+    method: str = setting("comigs", f"a row of methods.py: {', '.join(METHODS)}", choices=tuple(METHODS))
     expert: str = setting("mlp", "mlp: feed-forward blocks; lora: low-rank changes of the base's, which is frozen",
-                          choices=tuple(EXPERTS), group=USERS)
+                          choices=tuple(EXPERTS))
     lora_rank: tuple[int, ...] = setting(
-        (8,), "rank of the changes; most methods that average them need one for all users", int, low=1, high=10_000,
-        many=True, group=USERS)
+        (8,), "rank of the changes; most methods that average them need one for all", int, 1, high=10_000, many=True)
     init_from: str = setting("scratch", f"where the weights start: scratch, {', '.join(pretrained.NAMES)}, or a file "
-                                        "such as lab/pretrain.py writes", group=USERS)
+                                        "such as lab/pretrain.py writes")
     data: str = setting("builtin", f"{', '.join((*BUILTIN, *CORPORA))}, a folder with a NAME.txt or a NAME/ for each "
-                                   "user, or a .csv or .jsonl file", group=TEXT)
-    user_field: str | None = setting(None, "the field of a .csv or .jsonl file that says whose text it is (default: "
-                                           "user)", group=TEXT)
-    text_field: str | None = setting(None, "the field that holds the text (default: text)", group=TEXT)
-    source: str | None = setting(None, "a file, an address or a data set to read a named corpus from instead of its "
-                                       "own", group=TEXT)
-    cache: str = setting("out/cache", "folder for downloaded text", group=TEXT)
-    short_users: str = setting("refuse", "what to do about users with too little text", choices=("refuse", "leave-out"),
-                               group=TEXT)
+                                   "user, or a .csv or .jsonl file")
+    user_field: str | None = setting(None, "a table's field that says whose text a row is (default: user)")
+    text_field: str | None = setting(None, "a table's field that holds the text (default: text)")
+    source: str | None = setting(None, "a file, an address or a data set to read a named corpus from, not its own")
+    cache: str = setting("out/cache", "folder for downloaded text")
+    short_users: str = setting("refuse", "what to do about users with too little text", choices=("refuse", "leave-out"))
     target: str = setting("own", "whose text is used for validation and testing: the user's own, or an even mix of "
-                                 "all users'", choices=("own", "mixed"), group=TEXT)
+                                 "all users'", choices=("own", "mixed"))
     train_kb: tuple[float, ...] | None = setting(
         None, f"training text in kB (default: {BUILTIN_TRAIN_KB} of a builtin, 2000 of a streamed corpus, else all "
-              "there is)", float, low=0.001, high=1e9, many=True, group=TEXT)
-    tokenizer: str | None = setting(None, "what a token is (default: bytes, or the base's)", choices=("bytes", "gpt2"),
-                                    group=TEXT)
+              "there is)", float, 0.001, high=1e9, many=True)
+    tokenizer: str | None = setting(None, "what a token is (default: bytes, or the base's)", choices=("bytes", "gpt2"))
     experts_see: str = setting("train", "the text that experts learn from: training text, or validation text as well",
-                               choices=("train", "both"), group=LEARNING)
-    router_lr: float | None = setting(None, "the routers' learning rate (default: as --lr)", float, above=0,
-                                      group=LEARNING)
-    router_every: int = setting(30, "expert steps between two visits to the router", int, low=1, group=LEARNING)
-    router_steps: int = setting(5, "router steps in such a visit", int, low=0, group=LEARNING)
-    rounds: int = setting(64, "communication rounds", int, low=1, group=FEDERATION)
-    local_steps: int = setting(10, "expert steps of a user in a round", int, low=1, group=FEDERATION)
+                               choices=("train", "both"))
+    router_lr: float | None = setting(None, "the routers' learning rate (default: as --lr)", float, above=0)
+    router_every: int = setting(30, "expert steps between two visits to the router", int, 1)
+    router_steps: int = setting(5, "router steps in such a visit", int, 0)
+    rounds: int = setting(64, "communication rounds", int, 1)
+    local_steps: int = setting(10, "expert steps of a user in a round", int, 1)
     average: str = setting("uniform", "a user's weight in the average: the same for all, or its training tokens",
-                           choices=("uniform", "tokens"), group=FEDERATION)
-    participation: float = setting(1.0, "the fraction of users called in a round", float, above=0, high=1,
-                                   group=FEDERATION)
-    drop_rate: float = setting(0.0, "the chance that a called user vanishes before it answers", float, low=0, below=1,
-                               group=FEDERATION)
-    clip_update: float | None = setting(None, "the largest norm of a user's update; a longer one is shortened", float,
-                                        above=0, group=FEDERATION)
-    dp_noise: float = setting(0.0, "noise on the average of clipped updates, in multiples of largest norm / number of "
-                                   "answers", float, low=0, group=FEDERATION)
-    eval_every: int = setting(16, "rounds between evaluations on validation text", int, low=1, group=RUN)
-    plot: bool = setting(False, "also draw curves.png and curves.svg (needs matplotlib)", bool, group=RUN)
-    tensorboard: bool = setting(False, "also log figures for TensorBoard (needs tensorboard)", bool, group=RUN)
-    out: str | None = setting(None, "folder of the run (default: a new one under out/)", group=RUN)
-    resume: bool = setting(False, "continue the run in --out from its newest checkpoint, with its settings", bool,
-                           group=RUN)
+                           choices=("uniform", "tokens"))
+    participation: float = setting(1.0, "the fraction of users called in a round", float, above=0, high=1)
+    drop_rate: float = setting(0.0, "the chance that a called user vanishes before it answers", float, 0, below=1)
+    clip_update: float | None = setting(None, "the largest norm of an update; longer ones are cut", float, above=0)
+    dp_noise: float = setting(0.0, "noise on the average, in multiples of largest norm / number of answers", float, 0)
+    eval_every: int = setting(16, "rounds between evaluations on validation text", int, 1)
+    plot: bool = setting(False, "also draw curves.png and curves.svg (needs matplotlib)", bool)
+    tensorboard: bool = setting(False, "also log figures for TensorBoard (needs tensorboard)", bool)
+    out: str | None = setting(None, "folder of the run (default: a new one under out/)")
+    resume: bool = setting(False, "continue the run in --out from its newest checkpoint, with its settings", bool)
 
     def __post_init__(self):
         super().__post_init__()
@@ -213,6 +195,16 @@ def plain(settings) -> dict:
 
 # --- the command line ------------------------------------------------------------------------------------------------
 
+GROUPS = {  # the headings of train.py --help
+    "users and experts": "users specialists generalists top_k method expert lora_rank init_from",
+    "text": "data user_field text_field source cache short_users target train_kb tokenizer",
+    "learning": "batch_size block_size lr warmup weight_decay router_lr router_every router_steps experts_see n_layer "
+                "n_head n_embd",
+    "federation": "rounds local_steps average participation drop_rate clip_update dp_noise",
+    "run": "out resume overwrite eval_every seed device compile plot tensorboard",
+}
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise BadInput(f"{message}; see --help")
@@ -223,9 +215,10 @@ def given_in(arguments: list[str] | None, kind: type) -> tuple[dict, list[str]]:
     its. Raises BadInput."""
     parser = Parser(usage="%(prog)s [settings]", description=kind.__doc__.split(". ")[0] + ".", allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
-    groups = {title: parser.add_argument_group(title or "settings") for title in GROUPS}
+    heading = {name: title for title, names in GROUPS.items() for name in names.split() if issubclass(kind, Training)}
+    groups = {title: parser.add_argument_group(title) for title in ("settings", *GROUPS)}
     for name, flag in flags(kind).items():
-        group = groups[flag.group]
+        group = groups[heading.get(name, "settings")]
         option, default = "--" + name.replace("_", "-"), getattr(kind, name)
         if flag.kind is bool:
             group.add_argument(option, action="store_true", help=flag.help)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import base
-from model import GPT, GPTConfig, gpt2_name
+from model import GPT, GPTConfig
+from support import pretrained
 from texts import words
 
 torch.set_num_threads(1)
@@ -30,5 +30,5 @@ def tiny_base():
     """What to torch.save as a base of 1 layer of 16 channels and windows of 8 bytes, with random weights."""
     config = GPTConfig(257, 8, 1, 2, 16, specialists=0, routed=False)
     model = GPT(config, torch.Generator().manual_seed(0))
-    tensors = {gpt2_name(name): parameter for name, parameter in model.named_parameters()}
-    return base.pack(tensors, config.n_head, config.gelu, "bytes")
+    tensors = {GPT.plain_name(name): parameter for name, parameter in model.named_parameters()}
+    return pretrained.pack(tensors, config.n_head, config.gelu, "bytes")

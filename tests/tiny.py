@@ -1,0 +1,115 @@
+"""Tiny models, users with random text, and rounds in which everything that crosses is watched."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from bilevel import Rhythm, constant
+from federated import Message, Server, User, federated_round, size_of
+from methods import METHODS
+from model import GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig
+
+SHAPE = dict(vocab_size=11, block_size=6, n_layer=2, n_head=2, n_embd=8)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Batches:
+    """Random batches of 2 windows, and a list of those that were taken."""
+
+    def __init__(self, seed: int):
+        self.generator, self.taken = seeded(seed), []
+
+    def __next__(self):
+        self.taken.append(torch.randint(11, (2, 2, 6), generator=self.generator).unbind())
+        return self.taken[-1]
+
+
+def tiny(seed: int = 0, spread: float = 0.5, **config) -> GPT:
+    """A model in float64 with weights from N(0, spread²), large enough for all its parts to show."""
+    model, generator = GPT(GPTConfig(**SHAPE | config)).double(), seeded(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, spread, generator=generator)
+    return model
+
+
+def tiny_user(method: str = "comigs", seed: int = 0, schedule=constant, **config) -> User:
+    """A user of a method, with a model and text of its own; its experts follow the schedule."""
+    row = METHODS[method]
+    model = tiny(seed, 0.3, **{"routed": row.routed, "roles": row.roles} | config)
+    lower = row.level(model.having(GENERALIST, SPECIALIST), Batches(seed), 1e-2, 0.1, schedule)
+    router = model.having(ROUTER)
+    upper = row.router_level(router, Batches(seed + 100), 1e-2, 0.0, constant) if router else None
+    return row.user(f"user{seed}", model, lower, upper, judge=lambda: iter([next(Batches(seed + 200))]))
+
+
+class Float32(TorchFunctionMode):
+    """A GPU's autocast takes these to float32, a CPU's doesn't."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in ("softmax", "cross_entropy"):
+            args = (args[0].float(), *args[1:])
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def as_on_a_gpu(x: torch.Tensor) -> Iterator[None]:
+    """In place of model.precision: what it does on a GPU, on a CPU."""
+    with torch.autocast("cpu", torch.bfloat16), Float32():
+        yield
+
+
+@dataclass(frozen=True, eq=False)
+class Stranger:
+    """All that a server may know of a user."""
+
+    name: str
+    weight: float
+    shared: dict[str, torch.Size]
+
+
+class Wire:
+    """A server as users see it. It keeps what goes either way, and shows the server strangers in place of users."""
+
+    def __init__(self, server: Server):
+        self.server, self.down, self.up = server, [], {}
+
+    def give(self, shapes: dict[str, torch.Size]) -> Message:
+        self.down.append(self.server.give(shapes))
+        return self.down[-1]
+
+    def take(self, answers: dict[User, Message]) -> int:
+        self.up = answers
+        return self.server.take({Stranger(user.name, user.weight, user.shared): answer
+                                 for user, answer in answers.items()})
+
+
+def memory(tensors) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def play(server: Server, users: list[User], rounds: int = 2, rhythm: Rhythm = Rhythm(3, 2, 1), lost=()) -> Server:
+    """Some rounds. All that crosses is generalists, in memory of its own, without gradients, and its bytes are counted;
+    the server hears from everyone who isn't lost, and hears nothing but what the user's generalists are."""
+    for _ in range(rounds):
+        wire, before = Wire(server), [(user.bytes_down, user.bytes_up) for user in users]
+        federated_round(wire, users, rhythm, lost)
+        assert wire.up.keys() == set(users) - set(lost)
+        for user, given, (down, up) in zip(users, wire.down, before, strict=True):
+            answer, generalists = wire.up.get(user, {}), user.model.having(GENERALIST)
+            assert answer.keys() == (given.keys() if user in wire.up else set())
+            assert given.keys() == generalists.keys()
+            for tensor in (*given.values(), *answer.values()):
+                assert type(tensor) is torch.Tensor  # and no parameter
+                assert (tensor.requires_grad, tensor.grad_fn) == (False, None)
+            assert all(torch.equal(tensor, generalists[name]) for name, tensor in answer.items())
+            crossed = [*given.values(), *answer.values(), *server.generalists.values()]
+            assert not memory(user.model.parameters()) & memory(crossed)
+            assert (user.bytes_down - down, user.bytes_up - up) == (size_of(given), size_of(answer))
+    return server
