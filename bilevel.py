@@ -25,11 +25,26 @@ from model import GPT, dense_gates
 Batch = tuple[Tensor, Tensor]  # inputs and targets, (B, T) token numbers each
 
 
+def cosine(steps: int, warmup: int) -> Callable[[int], float]:
+    """The experts' schedule, as a factor: linear up over `warmup` steps, a cosine down to a tenth at `steps`."""
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
+    return factor
+
+
+def constant(step: int) -> float:
+    """The routers' schedule."""
+    return 1.0
+
+
 class Level:
     """One level: the parameters it moves, the batches it learns from, its AdamW and its learning-rate schedule."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], batches: Iterator[Batch], lr: float, weight_decay: float,
-                 schedule: Callable[[int], float]):
+    def __init__(self, parameters: dict[str, nn.Parameter], batches: Iterator[Batch], lr: float,
+                 weight_decay: float = 0.0, schedule: Callable[[int], float] = constant):
         self.parameters = list(parameters.values())
         self.batches = batches
         self.optimizer = torch.optim.AdamW(self.parameters, lr, (0.9, 0.95), weight_decay=weight_decay, fused=True)
@@ -66,21 +81,6 @@ class Level:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.batches.load(state["batches"])
-
-
-def cosine(steps: int, warmup: int) -> Callable[[int], float]:
-    """The experts' schedule, as a factor: linear up over `warmup` steps, a cosine down to a tenth at `steps`."""
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-        return 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
-    return factor
-
-
-def constant(step: int) -> float:
-    """The routers' schedule."""
-    return 1.0
 
 
 @dataclass(frozen=True)

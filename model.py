@@ -317,8 +317,9 @@ class GPT(nn.Module):
         self.config = config
         with torch.device("meta"):  # shapes only; `initialize` brings the numbers
             C, role = config.n_embd, config.trunk_role
-            self.tokens = having_role(role, nn.Embedding(config.vocab_size, C))  # also the head: tied
-            self.positions = having_role(role, nn.Embedding(config.block_size, C))
+            self.tokens, self.positions = (  # the tokens' embedding is also the head: tied
+                having_role(role, nn.Embedding.from_pretrained(torch.empty(n, C), freeze=False))
+                for n in (config.vocab_size, config.block_size))
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
             self.norm = having_role(role, nn.LayerNorm(C))
         self.roles = self.find_roles()

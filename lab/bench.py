@@ -5,7 +5,7 @@
     python -m lab.bench gpt2        GPT-2's shape (124M, random weights) with low-rank experts: six minutes
     python -m lab.bench sample      sampling with and without the cache, at both sizes: half a minute
 
-All take --device cuda. Figures are medians, with quartiles in brackets.
+All take --device cuda. Rates and ratios are medians, with quartiles in brackets.
 """
 
 import argparse
@@ -21,30 +21,29 @@ from multiprocessing import get_context
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.nn import functional as F
 
 from bilevel import Level, Rhythm, constant
 from federated import Server, User, federated_round
 from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig, LoRAExperts, MoE, Routing, precision
 from support.settings import SCRATCH, Settings
 
-DEFAULT = dict(vocab_size=257, block_size=Settings.block_size, **SCRATCH)
+DEFAULT, BATCH = dict(vocab_size=257, block_size=Settings.block_size, **SCRATCH), Settings.batch_size
 GPT2 = dict(vocab_size=50257, block_size=128, n_layer=12, n_head=12, n_embd=768, gelu="tanh", expert="lora")
-REPEATS = 30
-STEPS = 5  # of GPT-2, in each process
+REPEATS, STEPS = 30, 5  # the latter of GPT-2, in each process
+MATRIX = 1024  # rows and columns of the matrices that are multiplied; on a GPU 8 times as many
 
 
-def timed(repeats: int, device: str, *works: Callable[[], object]) -> Tensor:
+def timed(repeats: int, *works: Callable[[], object]) -> Tensor:
     """The seconds of each work, all of them in turn: (works, repeats)."""
     times = []
-    for _ in tqdm(range(1 + repeats), leave=False, disable=None):
-        for work in works:
-            start = time.perf_counter()
-            work()
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-    return torch.tensor(times).view(-1, len(works))[1:].t()  # without the first, which warms up
+    for work in works * (1 + repeats):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return torch.tensor(times).view(-1, len(works))[1:].t()  # the first of each warms up
 
 
 def quartiles(values: Tensor) -> str:
@@ -52,11 +51,9 @@ def quartiles(values: Tensor) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def peak_memory(device: str) -> float:
-    """The most that this process has held, in GB: of a GPU's memory, or else of the machine's."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+def peak() -> float:
+    """The most that this process has held, in GB: of a GPU's memory if it uses one, otherwise of the machine's."""
+    return (torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
 
 
 def alone(work: Callable, *arguments):
@@ -65,51 +62,28 @@ def alone(work: Callable, *arguments):
         return pool.submit(work, *arguments).result()
 
 
-def matmuls(device: str) -> tuple[Callable[[], object], int]:
-    """A work that only multiplies matrices, and its number of operations."""
-    n, dtype = (8192, torch.bfloat16) if device.startswith("cuda") else (1024, torch.float32)
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    return lambda: [a @ b for _ in range(10)], 10 * 2 * n ** 3
-
-
 def step_operations(config: GPTConfig, B: int) -> int:
     """Operations that a training step needs, two per multiply-add: the forward pass, as much again for the gradients
     of activations and, where weights learn, for those of weights."""
     C, T, V, L, E = config.n_embd, config.block_size, config.vocab_size, config.n_layer, config.n_experts
     k, r = min(config.top_k, E), config.lora_rank
-    attention = 2 * C * (T + 1) / 2  # scores and mixing, over the tokens up to this one
+    always = C * (T + 1) + C * E  # attention's scores and mixing, over the tokens up to this one; the router
     if config.expert == "mlp":
-        return round(3 * 2 * B * T * (L * (4 * C * C + attention + C * E + k * 8 * C * C) + V * C))
+        return 3 * 2 * B * T * (L * (4 * C * C + k * 8 * C * C + always) + V * C)
     low_rank = r * (C + 3 * C) + r * (C + C) + k * 2 * r * (C + 4 * C)
     frozen = L * 12 * C * C + V * C
     first = 3 * C * C  # the first layer's q, k and v: nothing below them learns
-    return round(2 * B * T * (2 * frozen - first + 3 * L * (low_rank + attention + C * E)))
+    return 2 * B * T * (2 * frozen - first + 3 * L * (low_rank + always))
 
 
-def level_of(model: nn.Module, parameters: dict[str, nn.Parameter], config: GPTConfig, B: int) -> Level:
-    """A level of a model that learns from one batch of B windows, again and again."""
-    device = next(model.parameters()).device
+def level_of(parameters: dict[str, nn.Parameter], config: GPTConfig, B: int, device: str) -> Level:
+    """A level that learns from the same B windows in every step."""
     batch = torch.randint(config.vocab_size, (2, B, config.block_size), device=device).unbind()
     return Level(parameters, itertools.repeat(batch), 1e-3, 0.1, constant)
 
 
-def expert_step(model: GPT, B: int) -> Callable[[], Tensor]:
-    return partial(level_of(model, model.having(GENERALIST, SPECIALIST), model.config, B).step, model)
-
-
-def dense_step(config: GPTConfig, B: int, device: str) -> Callable[[], Tensor]:
-    """A step of Hugging Face's GPT-2, its feed-forward block as wide as k experts. Raises ImportError."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-    gpt2 = GPT2LMHeadModel(GPT2Config(
-        vocab_size=config.vocab_size, n_positions=config.block_size, n_layer=config.n_layer, n_head=config.n_head,
-        n_embd=config.n_embd, n_inner=config.top_k * 4 * config.n_embd, activation_function="gelu", resid_pdrop=0,
-        embd_pdrop=0, attn_pdrop=0, use_cache=False, bos_token_id=0, eos_token_id=0)).to(device)
-
-    def model(idx: Tensor, targets: Tensor) -> tuple[None, Tensor]:
-        with precision(idx):
-            return None, gpt2(idx, labels=targets).loss
-
-    return partial(level_of(gpt2, dict(gpt2.named_parameters()), config, B).step, model)
+def expert_step(model: GPT, B: int, device: str) -> Callable[[], Tensor]:
+    return partial(level_of(model.having(GENERALIST, SPECIALIST), model.config, B, device).step, model)
 
 
 class BlockCopies(nn.Module):
@@ -131,129 +105,124 @@ class BlockCopies(nn.Module):
         return y
 
 
-# --- the benches -----------------------------------------------------------------------------------------------------
+def steps_of(copies: bool, config: GPTConfig, repeats: int, B: int, device: str) -> tuple[Tensor, str]:
+    """Of training steps: tokens per second, and shares of the rate at which the machine multiplies matrices,
+    (2, repeats); and how large all was. copies: with BlockCopies, and all else in its plain form."""
+    model = GPT(replace(config, fast=not copies)).to(device)
+    for block in model.blocks if copies else ():
+        block.moe.experts = BlockCopies(block.moe.experts)
+    model.roles = model.find_roles()
+    n, dtype = (8 * MATRIX, torch.bfloat16) if device.startswith("cuda") else (MATRIX, torch.float32)
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    step, product = timed(repeats, expert_step(model, B, device), lambda: [a @ b for _ in range(10)])
+    share = step_operations(config, B) / step / (10 * 2 * n ** 3 / product)
+    size = f"{sum(p.numel() for p in model.parameters()):,} parameters, peak {peak():.2f} GB"
+    return torch.stack([B * config.block_size / step, share]), size
+
 
 def bench_scratch(device: str) -> None:
     """The default step, as a share of the matmul rate and over a dense one; a mixture over a dense block."""
-    config, B = GPTConfig(**DEFAULT), Settings.batch_size
-    matmul, operations = matmuls(device)
-    works = [matmul, expert_step(GPT(config).to(device), B)]
-    try:
-        works.append(dense_step(config, B, device))
-    except ImportError:
-        print("no plain dense step, which needs transformers: pip install -r requirements-dev.txt")
-    product, step, *dense = timed(REPEATS, device, *works)
-    print(f"matmul rate, GFLOP/s: {quartiles(operations / product / 1e9)}")
-    print(f"training step, ms: {quartiles(1000 * step)}")
-    print(f"training step, share of the matmul rate: {quartiles(step_operations(config, B) / operations * product / step)}")
-    for plain in dense:
-        print(f"training step / plain dense step: {quartiles(step / plain)}")
-
+    config = GPTConfig(**DEFAULT)
     C, hidden = config.n_embd, config.top_k * 4 * config.n_embd
+    (tokens, share), _ = steps_of(False, config, REPEATS, BATCH, device)
+    print(f"training step: tokens/s {quartiles(tokens)}, share of matmul rate {quartiles(share)}")
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+        dense = GPT2LMHeadModel(GPT2Config(
+            vocab_size=257, n_positions=config.block_size, n_inner=hidden, activation_function="gelu",
+            bos_token_id=0, eos_token_id=0, **SCRATCH)).to(device).eval()  # without dropout
+
+        def model(idx: Tensor, targets: Tensor) -> tuple[None, Tensor]:
+            with precision(idx):
+                return None, F.cross_entropy(dense(idx, use_cache=False).logits.flatten(0, 1), targets.flatten())
+
+        ours, theirs = timed(REPEATS, expert_step(GPT(config).to(device), BATCH, device), partial(
+            level_of(dict(dense.named_parameters()), config, BATCH, device).step, model))
+        print(f"training step / plain dense step: {quartiles(ours / theirs)}")
+    except ImportError:
+        print("training step / plain dense step: needs transformers; pip install -r requirements-dev.txt")
     moe = MoE(replace(config, specialists=8)).to(device)
     block = nn.Sequential(nn.Linear(C, hidden), nn.GELU(), nn.Linear(hidden, C)).to(device)
-    for tokens in (1024, 4096):
-        x = torch.randn(1, tokens, C, device=device, requires_grad=True)
-        mixture, dense = timed(
-            REPEATS, device, lambda x=x: torch.autograd.grad(moe(x)[0], [x, *moe.parameters()], x.detach()),
+    for N in (1024, 4096):
+        x = torch.randn(1, N, C, device=device, requires_grad=True)
+        ours, theirs = timed(
+            REPEATS, lambda x=x: torch.autograd.grad(moe(x)[0], [x, *moe.parameters()], x.detach()),
             lambda x=x: torch.autograd.grad(block(x), [x, *block.parameters()], x.detach()))
-        print(f"mixture of 9, top-2 / dense block of the same work, {tokens} tokens: {quartiles(mixture / dense)}")
+        print(f"mixture of 9, top-2 / dense block of the same work, {N} tokens: {quartiles(ours / theirs)}")
 
 
 def bench_kernels(device: str) -> None:
-    """A step with plain forms over one with fast forms: above 1, the hand-written gradients save time."""
-    for name, shape, B in (("default", DEFAULT | {"expert": "lora"}, Settings.batch_size),
-                           ("GPT-2, two layers", GPT2 | {"n_layer": 2}, 2)):
+    """A step with plain forms over one with fast forms: above 1, hand-written gradients save time."""
+    for name, shape, B in (("default", DEFAULT | {"expert": "lora"}, BATCH), ("GPT-2", GPT2 | {"n_layer": 2}, 2)):
         for experts in (2, 9):
             steps = []
             for mixture, head in ((False, False), (True, True), (True, False), (False, True)):
                 model = GPT(GPTConfig(**shape, specialists=experts - 1, fast=mixture)).to(device)
                 model.config = replace(model.config, fast=head)  # its layers were built with the other
-                steps.append(expert_step(model, B))
-            plain, *fast = timed(REPEATS, device, *steps)
+                steps.append(expert_step(model, B, device))
+            plain, *fast = timed(REPEATS, *steps)
             both, mixture, head = (quartiles(plain / one) for one in fast)
             print(f"{name}, {experts} experts, plain / fast: {both}; only mixture fast {mixture}; only head {head}")
-
-
-def steps_of(copies: bool, config: GPTConfig, B: int, device: str) -> tuple[Tensor, Tensor, int, float]:
-    """Of STEPS steps: tokens per second, and shares of the matmul rate; and the model's parameters and peak GB."""
-    model = GPT(replace(config, fast=not copies)).to(device)
-    if copies:
-        for block in model.blocks:
-            block.moe.experts = BlockCopies(block.moe.experts)
-        model.roles = model.find_roles()
-    matmul, operations = matmuls(device)
-    product, step = timed(STEPS, device, matmul, expert_step(model, B))
-    share = step_operations(config, B) / operations * product / step
-    return B * config.block_size / step, share, sum(p.numel() for p in model.parameters()), peak_memory(device)
 
 
 def federation(config: GPTConfig, specialists: list[int], B: int, device: str) -> tuple[int, list[int], float]:
     """A round in which every user takes one step on each level. Returns how many different parameters the users have,
     how many numbers they hold with Adam's moments after each user's turn, and the peak GB."""
     base = {GPT.plain_name(name): frozen for name, frozen in GPT(config).having(BACKBONE).items()}
-    users, parameters, moments, held = [], {}, {}, []
-    for name, S in enumerate(specialists):
-        model = GPT(replace(config, specialists=S), pretrained=base).to(device)
-        users.append(User(str(name), model, *(level_of(model, model.having(*roles), config, B)
-                                              for roles in ((GENERALIST, SPECIALIST), (ROUTER,)))))
-    server = Server(users[0].model.having(GENERALIST))
+    models = [GPT(replace(config, specialists=S), pretrained=base).to(device) for S in specialists]
+    users = [User("", model, *(level_of(model.having(*roles), config, B, device)
+                               for roles in ((GENERALIST, SPECIALIST), (ROUTER,)))) for model in models]
+    server, numbers, held = Server(models[0].having(GENERALIST)), {}, []
     for user in users:
         federated_round(server, [user], Rhythm(1, 1, 1))
-        parameters |= {id(tensor): tensor.numel() for tensor in user.model.parameters()}
-        moments |= {id(tensor): tensor.numel() for level in (user.lower, user.upper)
-                    for state in level.optimizer.state.values() for name, tensor in state.items() if name != "step"}
-        held.append(sum(parameters.values()) + sum(moments.values()))
-    return sum(parameters.values()), held, peak_memory(device)
+        states = [*user.lower.optimizer.state.values(), *user.upper.optimizer.state.values()]
+        tensors = [*user.model.parameters(), *(tensor for state in states for tensor in state.values())]
+        numbers |= {id(tensor): tensor.numel() for tensor in tensors if tensor.ndim}  # all but Adam's counts of steps
+        held.append(sum(numbers.values()))
+    return sum({id(p): p.numel() for model in models for p in model.parameters()}.values()), held, peak()
 
 
 def bench_gpt2(device: str) -> None:
     """A step against block copies, each side in a process of its own, in turn; what users hold, and a further one."""
     config, B = GPTConfig(**GPT2), 64 if device.startswith("cuda") else 8
-    for experts in (2, 9):
-        sized, speeds = replace(config, specialists=experts - 1), []
-        runs = [alone(steps_of, copies, sized, B, device) for copies in (False, True) * 2]
-        for name, (first, second) in {"ours": runs[::2], "block copies": runs[1::2]}.items():
-            speeds.append(torch.cat([first[0], second[0]]))
-            print(f"{experts} experts, {name}: tokens/s {quartiles(speeds[-1])}, share of the matmul rate "
-                  f"{quartiles(torch.cat([first[1], second[1]]))}, {first[2]:,} parameters, "
-                  f"peak {max(first[3], second[3]):.2f} GB")
-        print(f"{experts} experts, ours / block copies: {quartiles(speeds[0] / speeds[1])} times the tokens per second")
-    parameters, _, peak = alone(federation, config, [1, 2, 4, 8], B, device)
+    for E in (2, 9):
+        sized, speeds = replace(config, specialists=E - 1), {"ours": [], "block copies": []}
+        for name in (*speeds, *speeds):
+            (tokens, share), size = alone(steps_of, name == "block copies", sized, STEPS, B, device)
+            print(f"{E} experts, {name}: tokens/s {quartiles(tokens)}, share of matmul rate {quartiles(share)}; {size}")
+            speeds[name].append(tokens)
+        ours, copies = map(torch.cat, speeds.values())
+        print(f"{E} experts, ours / block copies: {quartiles(ours / copies)} times the tokens per second")
     with torch.device("meta"):
-        one = sum(parameter.numel() for parameter in GPT(config).having(BACKBONE).values())
-    print(f"4 users of 1, 2, 4, 8 specialists: {parameters:,} parameters, {parameters / one:.3f} of one GPT-2; "
-          f"peak {peak:.2f} GB")
+        one = sum(frozen.numel() for frozen in GPT(config).having(BACKBONE).values())
+    parameters, _, most = alone(federation, config, [1, 2, 4, 8], B, device)
+    print(f"users of 1, 2, 4 and 8 specialists: {parameters:,} parameters, {parameters / one:.3f} of one GPT-2; "
+          f"peak {most:.2f} GB")
     (_, _, few), (_, held, many) = (alone(federation, config, [1] * users, 1, device) for users in (4, 64))
-    print(f"users of 1 specialist, batch 1: the 64th holds {held[63] - held[62]:,} numbers of its own, "
-          f"{(held[63] - held[62]) * 4 / 1e6:.1f} MB; peak {few:.2f} GB with 4, {many:.2f} GB with 64, "
-          f"{(many - few) * 1000 / 60:.1f} MB a user")
+    own = held[63] - held[62]
+    print(f"users of 1 specialist, batch 1: the 64th holds {own:,} numbers of its own, {own * 4 / 1e6:.1f} MB; "
+          f"peak {few:.2f} GB with 4, {many:.2f} GB with 64, {(many - few) * 1000 / 60:.1f} MB a user")
 
 
 def bench_sample(device: str) -> None:
-    """Tokens per second at the 5th and the 500th position, with and without the cache of keys and values."""
+    """Tokens per second after 500 tokens, with the cache of keys and values and without."""
+    text = torch.zeros(1, 500, dtype=torch.long, device=device)
     for name, shape in (("default", DEFAULT), ("GPT-2", GPT2)):
-        model, rates = GPT(GPTConfig(**shape | {"block_size": 512})).to(device), []
-        for length, cache in ((5, True), (500, True), (500, False)):
-            idx = torch.randint(model.config.vocab_size, (1, length), device=device)
-            stream = model.stream(idx, 13, cache=cache)
-            rates.append(1 / timed(12, device, partial(next, stream)).median().item())  # the first reads the text
-        print(f"{name}: {rates[0]:.0f} tokens/s at position 5, {rates[1]:.0f} at 500; without the cache {rates[2]:.1f} "
-              f"at 500: {rates[1] / rates[2]:.1f} times as many")
-
-
-BENCHES = {"scratch": bench_scratch, "kernels": bench_kernels, "gpt2": bench_gpt2, "sample": bench_sample}
+        model = GPT(GPTConfig(**shape | {"block_size": 512})).to(device)
+        cached, anew = timed(12, *(partial(next, model.stream(text, 13, cache=cache)) for cache in (True, False)))
+        print(f"{name}: tokens/s {quartiles(1 / cached)}; without the cache {quartiles(1 / anew)}; "
+              f"{quartiles(anew / cached)} times as many")
 
 
 def main() -> None:
+    benches = {"scratch": bench_scratch, "kernels": bench_kernels, "gpt2": bench_gpt2, "sample": bench_sample}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=BENCHES, default="scratch")
+    parser.add_argument("what", nargs="?", choices=benches, default="scratch")
     parser.add_argument("--device", default="cpu")
     asked = parser.parse_args()
-    print(torch.cuda.get_device_name(asked.device) if asked.device.startswith("cuda")
-          else f"{torch.get_num_threads()} threads", "medians and quartiles", sep="; ")
+    print(f"{asked.device}, {torch.get_num_threads()} threads")
     torch.manual_seed(0)
-    BENCHES[asked.what](asked.device)
+    benches[asked.what](asked.device)
 
 
 if __name__ == "__main__":

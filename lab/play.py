@@ -42,4 +42,4 @@ def play(tour: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(play(TOUR.read_text()) > 0)
+    sys.exit(play(TOUR.read_text(encoding="utf-8")) > 0)

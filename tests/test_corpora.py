@@ -1,373 +1,213 @@
 """Where documents come from: every kind of source is read by the code that a run uses, and a bad one is one line."""
 
-import csv
-import hashlib
-import http.server
 import json
 import sys
-import threading
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import corpora
 import data
-from corpora import CONFIGURATION, PUBLIC, BadInput, Piece
-from settings import parse_settings
+from support import corpora
+from support.corpora import CORPORA, EVERYTHING, Document
+from support.errors import BadInput
+from support.settings import Settings
 from texts import words
 
 CACHE = Path("out/cache")
 
 
-def read(where: object, **how: object) -> list[Piece]:
-    return list(corpora.find(str(where), CACHE, **how).pieces())
+def read(where: str, size: int = EVERYTHING, **how: object) -> list[Document]:
+    return list(corpora.read(Settings(data=where, **how), size))
 
 
-def jsonl(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+def load(where: str, users: int, **how: object) -> list[data.Text]:
+    return data.load(Settings(data=where, users=users, **how), data.tokenizer("bytes"))
 
 
-def nothing_left() -> bool:
-    """No folder in the cache, neither whole nor unfinished."""
-    return not [path for path in CACHE.glob("*") if path.is_dir()]
+def refused(message: str, where: str, **how: object) -> None:
+    """That a run can't be had is said in one line, with a remedy, and nothing is left of it."""
+    with pytest.raises(BadInput, match=message) as error:
+        load(where, 2, **how)
+    assert "\n" not in str(error.value)
+    assert "; " in str(error.value)
+    assert len(str(error.value)) < 600
+    assert not list(CACHE.glob("*"))
 
 
-# --- anyone's own ----------------------------------------------------------------------------------------------------
+def lines(*rows: object) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
-def test_a_csv_file_with_quotes_commas_line_ends_and_a_byte_order_mark(tmp_path):
+
+def write(files: dict[str, str | bytes]) -> None:
+    for name, content in files.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def test_builtin_excerpts_are_the_beginnings_of_what_isnt_blank_each_only_once():
+    long = "x" * corpora.EXCERPT
+    assert list(corpora.excerpts(["a", " \n", long + "1", "b", "a", long + "2"])) == ["a", long, "b"]
+
+
+def test_a_csv_file_with_quotes_commas_line_ends_and_a_byte_order_mark():
     content = 'who,what\r\nanna,"a ""quoted"" word, and\r\na second line"\r\nbert,ü\r\n'
-    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf" + content.encode())
-    assert read(tmp_path / "a.csv", user_field="who", text_field="what") == [
-        Piece("anna", 'a "quoted" word, and\na second line'), Piece("bert", "ü")]
+    write({"a.csv": b"\xef\xbb\xbf" + content.encode()})
+    assert read("a.csv", user_field="who", text_field="what") == [
+        Document("anna", 'a "quoted" word, and\na second line'), Document("bert", "ü")]
 
 
-def test_a_json_lines_file_with_numbers_for_names_nested_fields_and_windows_line_ends(tmp_path):
-    rows = [{"meta": {"id": 7}, "text": "one\r\ntwo"}, {"meta": {"id": "x"}, "text": None}]
-    (tmp_path / "a.jsonl").write_bytes("\r\n".join(map(json.dumps, rows)).encode("utf-8-sig") + b"\r\n\r\n")
-    assert read(tmp_path / "a.jsonl", user_field="meta.id") == [Piece("7", "one\ntwo"), Piece("x", "")]
+def test_a_json_lines_file_with_numbers_for_names_nested_fields_windows_line_ends_and_half_a_character():
+    rows = [{"meta": {"id": 7}, "text": "one\r\ntwo"}, {"meta": {"id": "x"}, "text": None},
+            {"meta": {"id": "y"}, "text": "\ud800!"}]
+    write({"a.jsonl": b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, rows)).encode() + b"\r\n\r\n"})
+    assert read("a.jsonl", user_field="meta.id") == [
+        Document("7", "one\ntwo"), Document("x", ""), Document("y", "?!")]
 
 
-def test_half_a_character_from_json_becomes_a_question_mark(tmp_path):
-    (tmp_path / "a.jsonl").write_text(r'{"user": "a", "text": "\ud800!"}')
-    assert read(tmp_path / "a.jsonl") == [Piece("a", "?!")]
-
-
-def test_a_folders_users_are_files_folders_and_given_splits(tmp_path):
-    for name, text in {"b.txt": "one", "a/1.md": "two", "a/deep/2": "three", "c/train.txt": "x", "c/valid.txt": "y",
-                       "c/test.txt": "z", ".git/config": "hidden", "a/.git/x": "hidden", "n.md": "no user"}.items():
-        (tmp_path / "t" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "t" / name).write_text(text, encoding="utf-8-sig")
-    assert sorted(read(tmp_path / "t")) == [
-        Piece("a", "three"), Piece("a", "two"), Piece("b", "one"),
-        Piece("c", "x", "train"), Piece("c", "y", "valid"), Piece("c", "z", "test")]
-
-
-def test_a_large_file_comes_in_pieces_and_loses_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "PIECE", 1000)
-    (tmp_path / "t").mkdir()
-    (tmp_path / "t" / "a.txt").write_text("é€" * 1700)
-    pieces = read(tmp_path / "t")
-    assert [len(piece.text) for piece in pieces] == [1000, 1000, 1000, 400]
-    assert "".join(piece.text for piece in pieces) == "é€" * 1700
+def test_a_folders_users_are_files_folders_and_given_splits():
+    write({"t/b.txt": b"\xef\xbb\xbfone", "t/a/1.md": "two", "t/a/deep/2": "three", "t/c/train.txt": "x",
+           "t/c/valid.txt": "y", "t/c/test.txt": "z", "t/.git/config": "hidden", "t/a/.git/x": "hidden", "t/n.md": "?"})
+    assert sorted(read("t")) == [
+        Document("a", "three"), Document("a", "two"), Document("b", "one"),
+        Document("c", "x", "train"), Document("c", "y", "valid"), Document("c", "z", "test")]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.jsonl", b'{"text": "x"}\n', "row 1: has no field user but text; name one: --user-field"),
-    ("a.jsonl", b'{"user": "a", "body": "x"}\n', "has no field text but user, body; .*--text-field"),
-    ("a.jsonl", b'["user", "text"]\n', "row 1: has no field user"),
-    ("a.jsonl", b'{"user": {"a": 1}, "text": "x"}', "can't be a user's name"),
-    ("a.jsonl", b'{"user": "a", "text": 5}\n', "row 1: its text is no text"),
-    ("a.jsonl", b'{"user": "a", "text": "x"}\n{"user": "a", "te', "row 2 is no jsonl .*; mend it"),
-    ("a.jsonl", b"[" * 100_000, "row 1 is no jsonl"),
-    ("a.jsonl", b'{"user": "a", "text": "x"}\n{"user": "a", "text": "\xe9"}\n', "is not UTF-8"),
-    ("a.csv", "user,text\na,Grüße\n".encode() + b"b,Gr\xfc\xdfe\n", "is not UTF-8"),  # mixed encodings
-    ("a.csv", b"class,title\n1,x\n", "has no field user but class, title"),
-    ("a.jsonl", b'{"user": "../b", "text": "x"}', "'../b' can't be a user's name; rename it"),
-    ("a.jsonl", b'{"user": "..", "text": "x"}', "can't be a user's name"),
-    ("a.csv", b"user,text\n/etc/x,x\n", "'/etc/x' can't be a user's name"),
-    ("a.jsonl", b'{"user": "", "text": "x"}', "can't be a user's name"),
-    ("a.jsonl", b'{"user": "a\\nb", "text": "x"}', "can't be a user's name"),
-    ("a.jsonl", b'{"user": "a\\u2028b", "text": "x"}', "can't be a user's name"),
-    ("a.csv", b'user,text\na,"no end\nb,x\n', "row 1 is no csv"),
-    ("a.csv", b"user,text\na,one, two\n", "row 1 is no csv .more fields than the first row"),
-    ("a.txt", b"text", "not a folder, nor a .csv or .jsonl file"),
+    ("t/.x", "x", "`users` 2: `data` t holds 0 users; add text"),
+    ("t/a.txt", words(0, 5000), "holds 1 users"),
+    ("t/a.txt", b"caf\xe9 " * 100, "a.txt: is not UTF-8; convert"),
+    ("t/a.txt", "Grüße".encode("utf-16"), "a.txt: is not UTF-8"),
+    ("t/here/x", "x", "rename one"),  # beside here.txt
+    ("t/a/test.txt", "x", "holds test.txt but not all of .*; give all three"),
+    ("t/ a/x", "x", "' a' can't be a user's name"),
+    ("t.jsonl", '{"text": "x"}\n', "row 1: has no field user but text; name one: `user_field`"),
+    ("t.jsonl", '{"user": "a", "body": "x"}\n', "has no field text but user, body; .*`text_field`"),
+    ("t.jsonl", '["user", "text"]\n', "row 1: has no field user"),
+    ("t.jsonl", '{"user": {"a": 1}, "text": "x"}', "can't be a user's name"),
+    ("t.jsonl", '{"user": "a", "text": 5}\n', "row 1: its text is no text"),
+    ("t.jsonl", '{"user": "a", "text": "x"}\n{"user": "a", "te', "row 2 is no jsonl .*; mend it"),
+    ("t.jsonl", "[" * 100_000, "row 1 is no jsonl"),
+    ("t.jsonl", b'{"user": "a", "text": "x"}\n{"user": "a", "text": "\xe9"}\n', "is not UTF-8"),
+    *(("t.jsonl", lines({"user": user, "text": "x"}), f"t.jsonl, row 1: '{shown}' can't be a user's name; rename")
+      for user, shown in [("../b", "../b"), ("..", r"\.\."), ("/etc/x", "/etc/x"), ("", ""), ("a\nb", r"a\\nb"),
+                          ("a\u2028b", r"a\\u2028b"), ("x" * 101, "x{40}")]),
+    ("t.csv", "user,text\na,Grüße\n".encode() + b"b,Gr\xfc\xdfe\n", "is not UTF-8"),  # mixed encodings
+    ("t.csv", 'user,text\na,"no end\nb,x\n', "row 1 is no csv"),
+    ("t.csv", "user,text\na,one, two\n", "row 1 is no csv .more fields than the first row"),
+    ("t.csv", "user,text\na," + "x" * 17_000_000, "row 1 is no csv .field larger than"),
+    ("t.txt", "text", "not a folder, nor a .csv or .jsonl file; give one, or one of builtin,"),
 ])
-def test_a_bad_table_is_one_line_and_nothing_is_left(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(BadInput, match=message) as error:
-        data.load(str(tmp_path / name), 1)
-    assert "\n" not in str(error.value)
-    assert ";" in str(error.value)
-    assert nothing_left()
-
-
-@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
-def test_a_line_of_100_megabytes_is_one_line_of_complaint(tmp_path, name):
-    with open(tmp_path / name, "w") as file:
-        file.write('{"user": "a", "text": "' if name == "a.jsonl" else "user,text\na,")
-        for _ in range(100):
-            file.write("x" * 1_000_000)
-        file.write('"}\n')
-    with pytest.raises(BadInput, match=r"row 1 is no (csv|jsonl) \(.*; mend it") as error:
-        data.load(str(tmp_path / name), 1)
-    assert len(str(error.value)) < 300
-    assert nothing_left()
-
-
-def test_a_name_never_becomes_a_path(tmp_path):
-    rows = [{"user": f"{name} ~$HOME", "text": words(n, 3000)} for n, name in enumerate("ab")]
-    before = set(tmp_path.iterdir())
-    texts = data.load(str(jsonl(tmp_path / "t.jsonl", rows)), 2)
-    assert [text.name for text in texts] == ["a ~$HOME", "b ~$HOME"]
-    assert {path.name for path in set(tmp_path.iterdir()) - before} == {"t.jsonl", "out"}
-    assert not [path for path in CACHE.rglob("*") if "HOME" in path.name]
-
-
-# --- public corpora --------------------------------------------------------------------------------------------------
-
-NEWS = [("3", "Oil rises", "Crude rose to  #36;45 a barrel\\in New York &lt;CL.N&gt;."),
-        ("1", 'A "word"', "He said #39;yes #39;."),
-        ("2", "", "S amp;P \\$5 \\\\b hellip;"), ("4", "Mars", "x #151; y")]
-
-
-@pytest.fixture
-def news(tmp_path):
-    """AG News in small: 40 articles a class."""
-    path = tmp_path / "news.csv"
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, quoting=csv.QUOTE_ALL)
-        for n in range(40):
-            writer.writerows((label, f"{title} {n}", text) for label, title, text in NEWS)
-    return path
-
-
-def test_ag_news_articles_are_cleaned_and_given_to_their_topics_user(news):
-    pieces = read("agnews", source=str(news))
-    assert pieces[:4] == [
-        Piece("business", "Oil rises 0\nCrude rose to $45 a barrel\nin New York <CL.N>."),
-        Piece("world", 'A "word" 0\nHe said\'yes\'.'), Piece("sports", " 0\nS&P $5 \nb…"),
-        Piece("science", "Mars 0\nx— y")]
-    assert Counter(piece.user for piece in pieces) == dict.fromkeys(PUBLIC["agnews"].users, 40)
-
-
-def test_ag_news_is_split_by_article(news):
-    """40 articles a user, each in one split."""
-    encoding = data.tokenizer("bytes")
-    for text in data.load("agnews", 4, source=str(news), block_size=8):
-        splits = [encoding.decode(part.tolist()).split(data.END)[1:] for part in (text.train, text.valid, text.test)]
-        assert len({article for split in splits for article in split}) == sum(map(len, splits)) == 40
-        assert [len(split) for split in splits][1:] == pytest.approx([4, 4], abs=1)
-
-
-def test_a_download_is_checked_kept_with_a_manifest_and_needed_once(news, monkeypatch):
-    md5 = hashlib.md5(news.read_bytes()).hexdigest()
-    monkeypatch.setitem(PUBLIC, "agnews", replace(PUBLIC["agnews"], source=news.as_uri(), md5=md5))
-    first = read("agnews")
-    kept = CACHE / "agnews-all"
-    manifest = json.loads((kept / "manifest.json").read_text())
-    assert {path.name for path in kept.iterdir()} == {"documents.jsonl", "manifest.json"}
-    assert manifest["revision"] == f"MD5 {md5}"
-    assert manifest["documents"] == dict.fromkeys(PUBLIC["agnews"].users, 40)
-    assert manifest["sha256"] == hashlib.sha256((kept / "documents.jsonl").read_bytes()).hexdigest()
-    news.unlink()
-    assert read("agnews") == first
-
-
-def test_a_wrong_checksum_is_one_line_and_nothing_is_kept(news, monkeypatch):
-    monkeypatch.setitem(PUBLIC, "agnews", replace(PUBLIC["agnews"], source=news.as_uri()))
-    with pytest.raises(BadInput, match=f"has MD5 [0-9a-f]*, not {PUBLIC['agnews'].md5}; try again"):
-        read("agnews")
-    assert nothing_left()
-
-
-def test_a_changed_cache_is_noticed(news):
-    read("agnews", source=str(news))
-    file, = CACHE.glob("agnews-*/documents.jsonl")
-    file.write_text(file.read_text().replace("barrel", "bottle"))
-    with pytest.raises(BadInput, match="isn't what its manifest says; delete .* to fetch it again"):
-        read("agnews", source=str(news))
-    file.with_name("manifest.json").write_text("{")
-    with pytest.raises(BadInput, match="isn't what its manifest says; delete .* to fetch it again"):
-        read("agnews", source=str(news))
-
-
-def test_a_download_that_breaks_off_is_one_line_and_nothing_is_kept(news):
-    class HalfWay(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Length", str(news.stat().st_size))
-            self.end_headers()
-            self.wfile.write(news.read_bytes()[:1000])
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), HalfWay) as server:
-        threading.Thread(target=server.handle_request, daemon=True).start()
-        with pytest.raises(BadInput, match="can't be downloaded .*; try again") as error:
-            read("agnews", source=f"http://127.0.0.1:{server.server_port}/train.csv")
-    assert "\n" not in str(error.value)
-    assert nothing_left()
-
-
-@pytest.mark.parametrize("source", [
-    "file:///nowhere/train.csv", "nonsense://here/x.csv", "http://127.0.0.1:1/x.csv?download=true"])
-def test_an_address_that_cant_be_read_is_one_line(source):
-    with pytest.raises(BadInput, match="can't be downloaded .*--source") as error:
-        read("agnews", source=source)
-    assert "\n" not in str(error.value)
-    assert nothing_left()
-
-
-@pytest.mark.parametrize("source", ["http://127.0.0.1:1/", "x.parquet"])
-def test_a_source_that_is_no_table_nor_a_data_set_is_one_line(source):
-    Path("x.parquet").write_bytes(b"PAR1")
-    with pytest.raises(BadInput, match=f"--source {source}: not a .csv or .jsonl file; give one, or a data set"):
-        read("slimpajama", source=source, size=1000)
-    assert nothing_left()
-
-
-def test_a_source_that_holds_nothing_of_a_user_is_one_line(tmp_path):
-    source = jsonl(tmp_path / "x.jsonl", [{"text": "x", "collection": "USPTO"}])
-    with pytest.raises(BadInput, match="x.jsonl holds nothing of .*books.*; give another --source"):
-        read("commoncorpus", source=str(source))
-    assert nothing_left()
-
-
-def test_a_public_corpus_without_its_library_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(BadInput, match="--data wikipedia: .*pip install datasets"):
-        read("wikipedia", size=1000)
-    assert nothing_left()
-
-
-def test_every_recipe_names_its_source_users_and_licence():
-    assert list(PUBLIC) == ["agnews", "wikipedia", "slimpajama", "commoncorpus"]
-    for recipe in PUBLIC.values():
-        assert len(recipe.users) == 4
-        assert recipe.licence
-        assert recipe.md5 if "://" in recipe.source else recipe.source.count("/") == 1
-    assert {recipe.user_field for recipe in PUBLIC.values()} == {
-        "class", CONFIGURATION, "meta.redpajama_set_name", "collection"}
+def test_bad_text_is_one_line(name, content, message):
+    write({name: content} | ({"t/here.txt": "x"} if "here" in name else {}))
+    refused(message, name.partition("/")[0])
 
 
 @pytest.fixture
 def library():
-    return pytest.importorskip("datasets", reason="streams the public corpora; pip install datasets")
+    return pytest.importorskip("datasets", reason="streams the paper's corpora; pip install datasets")
 
 
-def public_rows(name: str, documents: int = 30) -> list[dict]:
-    """Rows as the corpus has them, each user's in turn, of 1000 bytes and more."""
-    values = list(PUBLIC[name].users.values())
-    return [{"text": f"{value} {n} {words(n * 4 + i, 1000)}", "id": str(n), **(
-        {"meta": {"redpajama_set_name": value}} if name == "slimpajama" else {"collection": value})}
-        for n in range(documents) for i, value in enumerate([*values, "another"])]
+@pytest.fixture
+def news():
+    """AG News in small: 40 articles a class."""
+    write({"news.csv": "".join(
+        f'"3","Oil rises {n}","Crude rose to  #36;45 a barrel\\in New York &lt;CL.N&gt;."\n"4","NA","{n} #151; y"\n'
+        f'"1","A ""word"" {n}","He said #39;yes #39;."\n"2"," {n}","S amp;P \\$5 \\\\b hellip;"\n' for n in range(40))})
+    return Path("news.csv").resolve()
 
 
-def write_parquet(library, path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    library.Dataset.from_list(rows).to_parquet(path)
+def test_ag_news_articles_are_cleaned_given_to_their_topics_user_and_stand_in_one_split(news):
+    documents = read("agnews", source=str(news))
+    assert documents[:4] == [
+        Document("business", "Oil rises 0\nCrude rose to $45 a barrel\nin New York <CL.N>."),
+        Document("science", "NA\n0— y"),
+        Document("world", 'A "word" 0\nHe said\'yes\'.'), Document("sports", " 0\nS&P $5 \nb…")]
+    for user in load("agnews", 4, source=str(news), block_size=8):
+        splits = [data.tokenizer("bytes").decode(part.tolist()).split(data.END)[1:]
+                  for part in (user.valid, user.test, user.train)]
+        articles = {text for name, text, _ in documents if name == user.name}
+        assert {article for split in splits for article in split} == articles
+        assert list(map(len, splits)) == pytest.approx([4, 4, 32], abs=1)
+        assert sum(map(len, splits)) == len(articles)
 
 
-@pytest.fixture(params=["slimpajama, parquet", "slimpajama, json lines", "commoncorpus, parquet", "wikipedia, parquet"])
-def local(request, library, tmp_path):
-    """The name of a public corpus, and a data set like it on the disk, in files as the hub has them."""
-    name, kind = request.param.split(", ")
-    folder = tmp_path / "hub"
+def test_what_comes_over_the_network_is_the_same_as_in_a_file_and_is_needed_once(library, news, monkeypatch):
+    monkeypatch.setitem(CORPORA, "agnews", replace(CORPORA["agnews"], source=news.as_uri()))
+    first = read("agnews")
+    assert first == read("agnews", source=str(news))
+    kept, = CACHE.iterdir()
+    assert kept.read_text() == "".join(
+        json.dumps({"user": user, "text": text}, ensure_ascii=False) + "\n" for user, text, _ in first)
+    news.unlink()
+    assert read("agnews") == first
+
+
+@pytest.fixture(params=["slimpajama jsonl", "commoncorpus parquet", "wikipedia parquet"])
+def local(request, library):
+    """A corpus, and a data set like it on the disk: in files as the hub has them, the last of which is damaged."""
+    name, kind = request.param.split()
+    values = [*CORPORA[name].users.values(), "another"]
+    parts = {value: [{"text": f"{value} {n} {words(n * 5 + i, 1000 + 300 * i)}", "collection": value,
+                      "meta": {"redpajama_set_name": value}} for n in range(30)] for i, value in enumerate(values)}
     if name == "wikipedia":
-        for value in PUBLIC[name].users.values():
-            rows = [{"id": "1", "url": "-", "title": "-", "text": f"{value} {n} {words(n, 1000)}"} for n in range(30)]
-            write_parquet(library, folder / value / "train-00000-of-00001.parquet", rows)
-        configs = "".join(f"- config_name: {value}\n  data_files:\n  - split: train\n    path: {value}/train-*\n"
-                          for value in PUBLIC[name].users.values())
-        (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    elif kind == "parquet":
-        rows = public_rows(name)
-        write_parquet(library, folder / "data" / "train-00000-of-00002.parquet", rows[:70])
-        write_parquet(library, folder / "data" / "train-00001-of-00002.parquet", rows[70:])
+        configs = [{"config_name": value, "data_files": f"{value}/*"} for value in values]
+        write({"hub/README.md": f"---\nconfigs: {json.dumps(configs)}\n---\n"})
     else:
-        folder.mkdir()
-        jsonl(folder / "train.jsonl", public_rows(name))
-    return name, folder
+        parts = {"data": [row for turn in zip(*parts.values(), strict=True) for row in turn]}
+    for part, rows in parts.items():
+        write({f"hub/{part}/train-1.{kind}": lines(*rows), f"hub/{part}/train-2.{kind}": "PAR1 and no more"})
+        if kind == "parquet":
+            library.Dataset.from_list(rows).to_parquet(f"hub/{part}/train-1.parquet")
+    return name
 
 
-def test_public_corpora_are_streamed_only_as_far_as_needed_and_then_need_no_source(local, monkeypatch):
-    name, folder = local
-    pieces = read(name, source=str(folder), size=10_000)
-    for user, value in PUBLIC[name].users.items():
-        mine = [piece.text for piece in pieces if piece.user == user]
+def test_a_data_set_is_streamed_only_as_far_as_needed_and_damage_further_on_is_one_line(local):
+    documents = read(local, 10_000, source="hub")
+    for user, value in CORPORA[local].users.items():
+        mine = [document.text for document in documents if document.user == user]
         assert all(text.startswith(f"{value} ") for text in mine)
-        assert 10_000 <= sum(map(len, mine)) < 10_000 + len(mine[-1])
-    kept, = CACHE.glob(f"{name}-*-10000")
-    manifest = json.loads((kept / "manifest.json").read_text())
-    assert manifest["source"] == str(folder)
-    assert manifest["documents"] == Counter(piece.user for piece in pieces)
-    monkeypatch.setattr(corpora, "hub", None)
-    assert read(name, source=str(folder), size=10_000) == pieces
+        assert 10_000 <= data.bytes_of(mine) < 10_000 + len(mine[-1])
+    refused(f"`data` {local}: hub can't be read .*; try again, or give a copy with `source`", local, source="hub")
 
 
-def test_a_local_data_set_that_has_changed_is_read_again(library, tmp_path):
-    (tmp_path / "hub").mkdir()
-    for beginning in ("old ", "new "):
-        rows = [row | {"text": beginning + row["text"]} for row in public_rows("commoncorpus")]
-        jsonl(tmp_path / "hub" / "train.jsonl", rows)
-        pieces = read("commoncorpus", source=str(tmp_path / "hub"), size=5000)
-        assert all(piece.text.startswith(beginning) for piece in pieces)
-
-
-def test_the_default_of_a_public_corpus_is_enough_for_all_splits(library, tmp_path, monkeypatch):
+def test_what_is_streamed_by_default_is_enough_for_all_splits(library, monkeypatch):
     """Whatever the documents' lengths: here up to the 20,000 characters of an excerpt, some of them copies."""
-    monkeypatch.setitem(PUBLIC, "commoncorpus", replace(PUBLIC["commoncorpus"], train_kb=300))
+    monkeypatch.setitem(CORPORA, "commoncorpus", replace(CORPORA["commoncorpus"], train_kb=300))
     sizes = np.random.default_rng(0).lognormal(9, 1, 400).astype(int).clip(100, 60_000)
-    rows = [{"text": words(n % 390, int(sizes[n % 390])), "collection": value}
-            for n in range(400) for value in [list(PUBLIC["commoncorpus"].users.values())[n % 4]]]
-    write_parquet(library, tmp_path / "hub" / "train.parquet", rows)
-    texts = data.load("commoncorpus", 4, source=str(tmp_path / "hub"))
-    assert all(text.train_bytes >= 300_000 and text.test_bytes >= 32_000 for text in texts)
+    values = list(CORPORA["commoncorpus"].users.values())
+    write({"hub/train.jsonl": lines(*({"text": words(n % 390, int(sizes[n % 390])), "collection": values[n % 4]}
+                                      for n in range(400)))})
+    documents = read("commoncorpus", source="hub")
+    assert len({document.text for document in documents}) == len(documents) < 400
+    assert max(len(document.text) for document in documents) == corpora.CORPUS_EXCERPT
+    texts = load("commoncorpus", 4, source="hub")
+    assert [text.name for text in texts] == ["books", "patents", "tenders", "youtube"]
+    assert all(text.test_bytes >= 32_000 and 300_000 <= text.train_bytes < 320_000 for text in texts)
 
 
-def test_a_run_on_a_public_corpus_takes_users_text_and_sizes_from_it(local):
-    name, folder = local
-    texts = data.load(name, 2, [5, 4], source=str(folder), block_size=16)
-    assert [text.name for text in texts] == sorted(PUBLIC[name].users)[:2]
-    for text, kb in zip(texts, (5, 4), strict=True):
-        assert 1000 * kb <= text.train_bytes < 1000 * kb + 1200
-        assert len(text.test) > 1000
+def test_a_data_set_without_the_field_is_one_line(library):
+    write({"hub/train.jsonl": lines({"body": "x", "collection": "USPTO"})})
+    refused("has no field text but configuration, body, .*; give another `source`", "commoncorpus", source="hub")
 
 
-def test_a_field_that_a_data_set_lacks_is_one_line(library, tmp_path):
-    write_parquet(library, tmp_path / "hub" / "train.parquet", [{"body": "x", "collection": "USPTO"}])
-    with pytest.raises(BadInput, match="has no field text but configuration, body, collection; give another --source"):
-        read("commoncorpus", source=str(tmp_path / "hub"), size=1000)
-    assert nothing_left()
+@pytest.mark.parametrize("source", ["file:///nowhere/x.csv", "nonsense://here/x.csv", "half.jsonl", None])
+def test_what_cant_be_had_over_the_network_is_one_line(library, monkeypatch, source):
+    if source == "half.jsonl":  # the first 10 MB are rows as they should be
+        write({source: lines(*({"text": words(n, 10_000), "collection": "USPTO"} for n in range(1200))) + "{"})
+        source = Path(source).resolve().as_uri()
+    elif source is None:
+        def offline(**how):
+            raise ConnectionError("no network\nat all")
+        monkeypatch.setattr(library, "load_dataset", offline)
+    refused("`data` commoncorpus: .* can't be read .*; try again, or give a copy with", "commoncorpus", source=source)
 
 
-def test_a_data_set_that_breaks_off_is_one_line_and_nothing_is_kept(library, tmp_path):
-    rows = public_rows("commoncorpus")
-    write_parquet(library, tmp_path / "hub" / "data" / "train-00000-of-00002.parquet", rows[:70])
-    (tmp_path / "hub" / "data" / "train-00001-of-00002.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(BadInput, match="--data commoncorpus: .* can't be read .*; try again") as error:
-        read("commoncorpus", source=str(tmp_path / "hub"), size=20_000)
-    assert "\n" not in str(error.value)
-    assert nothing_left()
+def test_a_cache_that_cant_be_written_is_one_line(news):
+    refused("news.csv/cache: .*; .*take another `cache`", "agnews", source="file:///x.csv", cache=str(news / "cache"))
 
 
-def test_a_hub_that_cant_be_reached_is_one_line(library, monkeypatch):
-    import huggingface_hub
-
-    def offline(*_):
-        raise ConnectionError("no network\nat all")
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", offline)
-    with pytest.raises(BadInput, match="--data wikipedia: .* can't be read .ConnectionError: no network") as error:
-        read("wikipedia", size=1000)
-    assert "\n" not in str(error.value)
-    assert nothing_left()
-
-
-def test_a_source_is_for_public_corpora_only():
-    with pytest.raises(BadInput, match="--source x: --data builtin is no public corpus; take one of agnews"):
-        parse_settings(["--source", "x"])
+def test_a_library_that_isnt_installed_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    refused("`data` wikipedia: .*pip install datasets, or give a file", "wikipedia")

@@ -6,13 +6,19 @@ from dataclasses import dataclass
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilevel import Rhythm, constant
 from federated import Message, Server, User, federated_round, size_of
 from methods import METHODS
-from model import GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig
+from model import GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig
 
 SHAPE = dict(vocab_size=11, block_size=6, n_layer=2, n_head=2, n_embd=8)
+
+
+def same(one: dict, two: dict) -> bool:
+    """Whether two dictionaries of tensors are the same to the last bit, as far as the first one goes."""
+    return all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -49,6 +55,19 @@ def tiny_user(method: str = "comigs", seed: int = 0, schedule=constant, **config
     return row.user(f"user{seed}", model, lower, upper, judge=lambda: iter([next(Batches(seed + 200))]))
 
 
+class Watched(TorchDispatchMode):
+    """Watches what is computed: the size of the largest tensor that is made, and how many rows go through GELU."""
+
+    largest = rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.numel())
+        self.rows += len(result) if function is torch.ops.aten.gelu.default else 0
+        return result
+
+
 class Float32(TorchFunctionMode):
     """A GPU's autocast takes these to float32, a CPU's doesn't."""
 
@@ -63,6 +82,11 @@ def as_on_a_gpu(x: torch.Tensor) -> Iterator[None]:
     """In place of model.precision: what it does on a GPU, on a CPU."""
     with torch.autocast("cpu", torch.bfloat16), Float32():
         yield
+
+
+def bits(user: User, *roles: str) -> dict[str, torch.Tensor]:
+    """Copies of a user's parameters that have one of these roles, or of all."""
+    return {name: parameter.detach().clone() for name, parameter in user.model.having(*roles or ROLES).items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,12 +118,12 @@ def memory(tensors) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
-def play(server: Server, users: list[User], rounds: int = 2, rhythm: Rhythm = Rhythm(3, 2, 1), lost=()) -> Server:
+def play(server: Server, users: list[User], rounds: int = 2, lost=()) -> Server:
     """Some rounds. All that crosses is generalists, in memory of its own, without gradients, and its bytes are counted;
     the server hears from everyone who isn't lost, and hears nothing but what the user's generalists are."""
     for _ in range(rounds):
         wire, before = Wire(server), [(user.bytes_down, user.bytes_up) for user in users]
-        federated_round(wire, users, rhythm, lost)
+        federated_round(wire, users, Rhythm(3, 2, 1), lost)
         assert wire.up.keys() == set(users) - set(lost)
         for user, given, (down, up) in zip(users, wire.down, before, strict=True):
             answer, generalists = wire.up.get(user, {}), user.model.having(GENERALIST)
