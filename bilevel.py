@@ -7,7 +7,7 @@ The generalists in Θ are common to all users, and their lower level is the sum 
 the server takes after each round (federated.py) stands for that.
 
 A level owns its parameters, its stream of batches and its optimizer. Its step differentiates with respect to its own
-parameters only, so no gradient of one level ever gets in the other's way.
+parameters only, so no gradient of one level ever reaches the other.
 
     python -m pytest tests/test_bilevel.py
 """
@@ -85,7 +85,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Rhythm:
-    """When which level takes its steps."""
+    """When each level takes its steps."""
 
     local_steps: int  # expert steps in a round
     router_every: int  # expert steps between two visits to the upper level, counted over the user's life

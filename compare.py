@@ -4,7 +4,7 @@
     python compare.py --methods local,fedavg,comigs --rates 2e-3,6e-3,2e-2 --plot
 
 A run that is already in the folder, with the same settings, isn't run again, and one that was cut off is continued, so
-this can be stopped and started again. (With a new base in the old file, give a new --out.)
+this can be stopped and started again. (If the base's file has been replaced, give another --out.)
 """
 
 import json

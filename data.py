@@ -72,9 +72,9 @@ def builtin(where: str, train: list[int]) -> dict[str, Splits]:
 def split(documents: list[str], train: int) -> Splits:
     """One user's documents: at most a tenth for test, a tenth for validation, and `train` bytes of the rest.
 
-    Documents stay whole, so that a split may end one document late; which go where depends on their hashes. Where there
-    are fewer than ten, or one of them is longer than a tenth of all or than DOCUMENT, they are running text: joined,
-    and cut. (Documents are no copies of each other.)
+    Documents stay whole, so that a split may end one document late; which documents go where depends on their digests.
+    Where there are fewer than ten, or one of them is longer than a tenth of all or than DOCUMENT, they are running
+    text: joined, and cut. (No two documents are alike.)
     """
     total, longest = bytes_of(documents), max(len(document.encode()) for document in documents)
     held_out = {name: min(size, total // 10) for name, size in HELD_OUT.items()}
@@ -89,7 +89,7 @@ def split(documents: list[str], train: int) -> Splits:
 
 
 def order(document: str) -> int:
-    """A sort key."""
+    """A document's place in an arbitrary but fixed order: its digest as a number."""
     return int.from_bytes(hashlib.blake2b(document.encode(), digest_size=8).digest(), "little")
 
 
@@ -145,8 +145,8 @@ def tokenizer(name: str) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding(name)
     except OSError as error:  # a failed download: the errors of `requests` are OSErrors
-        raise BadInput(f"`tokenizer` {name}: its table can't be downloaded ({type(error).__name__}); connect once, "
-                       "set TIKTOKEN_CACHE_DIR to a folder that holds it, or take bytes") from None
+        raise BadInput(f"`tokenizer` {name}: its table can't be downloaded ({type(error).__name__}); connect to the "
+                       "network once, set TIKTOKEN_CACHE_DIR to a folder that holds it, or take bytes") from None
 
 
 def encode(document: str, tokenizer: tiktoken.Encoding) -> np.ndarray:

@@ -17,7 +17,7 @@ from federated import Message, Server, User, average
 from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig, LowRank, Routing
 from support.errors import BadInput
 
-# --- what stands beside a level's loss -------------------------------------------------------------------------------
+# --- what is added to a level's loss ---------------------------------------------------------------------------------
 
 
 class Leaky(Level):

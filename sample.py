@@ -26,11 +26,11 @@ from support.settings import Settings, check, parsed, setting, status_of
 
 @dataclass
 class Sampling:
-    """What to show of a run. Raises BadInput."""
+    """Show what a run's models learned. Raises BadInput."""
 
     run: str | None = setting(None, "folder of the run")
     user: str | None = setting(None, "whose model; all: everyone's, one after the other (default: the first user's)")
-    prompt: str | None = setting(None, "how the text begins (default: as a document does)")
+    prompt: str | None = setting(None, "how the text begins (default: the start of a document)")
     tokens: int = setting(300, "tokens to make", int, low=1)
     temperature: float = setting(0.8, "0 takes the likeliest token, 1 samples as the model says", float, low=0)
     top_k: int = setting(40, "sample from this many of the likeliest tokens", int, low=1)
@@ -52,7 +52,7 @@ def load(run: Path) -> tuple[dict, list[Learned]]:
     if known["name"] != "scratch":
         start = pretrained.load(known["name"], state["users"][0]["config"]["block_size"])
         if start.sha256 != known["sha256"]:
-            raise BadInput(f"`run` {run}: {known['name']} is no longer the file that it started from; bring it back")
+            raise BadInput(f"`run` {run}: {known['name']} is no longer the file that it started from; restore it")
     for saved in state["users"]:
         model = GPT(GPTConfig(**saved["config"]), torch.Generator(), start and start.tensors)
         folder.restore_model(saved, model)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bilevel import Level, Rhythm, constant
+from bilevel import Level, Rhythm
 from federated import Server, User, federated_round
 from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig, LoRAExperts, MoE, Routing, precision
 from support.settings import SCRATCH, Settings
@@ -79,7 +79,7 @@ def step_operations(config: GPTConfig, B: int) -> int:
 def level_of(parameters: dict[str, nn.Parameter], config: GPTConfig, B: int, device: str) -> Level:
     """A level that learns from the same B windows in every step."""
     batch = torch.randint(config.vocab_size, (2, B, config.block_size), device=device).unbind()
-    return Level(parameters, itertools.repeat(batch), 1e-3, 0.1, constant)
+    return Level(parameters, itertools.repeat(batch), 1e-3)
 
 
 def expert_step(model: GPT, B: int, device: str) -> Callable[[], Tensor]:

@@ -27,7 +27,7 @@ from train import DIVERGED, blank
 
 @dataclass
 class Pretraining(Training):
-    """The training of a base. Raises BadInput."""
+    """Train a small base. Raises BadInput."""
 
     steps: int = setting(8000, "training steps", int, low=1)
     out: str = setting("out/base", "folder for base.pt")

@@ -131,7 +131,7 @@ def folder(root: Path) -> Iterator[Document]:
                 try:
                     yield Document(name, file.read_text(encoding="utf-8-sig"), given.get(file, ""))
                 except UnicodeDecodeError:
-                    raise BadInput(f"`data` {file}: is not UTF-8; convert the file or take it away") from None
+                    raise BadInput(f"`data` {file}: is not UTF-8; convert or remove the file") from None
 
 
 def visible(folder: Path, pattern: str) -> list[Path]:
@@ -144,8 +144,8 @@ def check_name(name: object, where: str) -> None:
     """Refuse what can't be a user's name, which is shown and may become part of a path. Raises BadInput."""
     shape = r"(?! )[^./\\][^/\\]{0,99}(?<! )"
     if not isinstance(name, str | int) or not str(name).isprintable() or not re.fullmatch(shape, str(name)):
-        raise BadInput(f"`data` {where}: {str(name)[:40]!r} can't be a user's name; rename it to at most 100 "
-                       "characters, without slashes, no dot in front")
+        raise BadInput(f"`data` {where}: {str(name)[:40]!r} can't be a user's name; rename it: at most 100 "
+                       "characters, no slashes, no leading dot")
 
 
 # --- tables: a row is a document -------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def rows(path: Path, columns: tuple[str, ...] | None = None) -> Iterator[tuple[s
     except UnicodeDecodeError:
         raise BadInput(f"`data` {path}: is not UTF-8 after row {number}; convert it") from None
     except (csv.Error, ValueError, RecursionError) as error:
-        raise BadInput(f"`data` {path}: row {number + 1} is no {path.suffix[1:]} ({error}); mend it") from None
+        raise BadInput(f"`data` {path}: row {number + 1} isn't valid {path.suffix} ({error}); correct it") from None
 
 
 def json_rows(file: TextIO) -> Iterator[Row]:
@@ -243,8 +243,8 @@ def documents(table: Iterable[tuple[str, Row]], recipe: Recipe) -> Iterator[Docu
             raise BadInput(f"`data` {where}: has no field {error.args[0]} but {there}; "
                            f"{'give another `source`' if named else 'name one: `user_field`, `text_field`'}") from None
         if not all(isinstance(text, str) for text in texts):
-            raise BadInput(f"`data` {where}: its {' or '.join(recipe.text_fields)} is no text; mend the row or take "
-                           "it away")
+            raise BadInput(f"`data` {where}: its {' or '.join(recipe.text_fields)} isn't text; correct or "
+                           "remove the row")
         if named is None:
             check_name(owner, where)
         text = recipe.clean("\n".join(texts)).replace("\r\n", "\n")[:recipe.excerpt].encode(errors="replace").decode()
@@ -284,9 +284,9 @@ def streamed(name: str, source: str, size: int) -> Iterator[Document]:
             import datasets
             for row in datasets.load_dataset(**how, split="train", streaming=True):
                 yield source, {CONFIGURATION: configuration, **row}
-        except ImportError:
-            raise BadInput(f"`data` {name}: needs a library that isn't here; pip install datasets, or give a file of "
-                           "it, .csv or .jsonl, with `source`") from None
+        except ImportError as error:
+            raise BadInput(f"`data` {name}: needs a library that isn't here ({error}); pip install datasets aiohttp, "
+                           "or give a file of it, .csv or .jsonl, with `source`") from None
         except Exception as error:  # its many back ends raise all kinds
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             raise BadInput(f"`data` {name}: {source} can't be read ({reason}); try again, or give a copy with "

@@ -1,4 +1,4 @@
-"""What a run says when it can't be had as asked."""
+"""What a command says when it can't do what was asked."""
 
 
 class BadInput(ValueError):
@@ -11,4 +11,4 @@ class BadInput(ValueError):
 
 
 class Diverged(BadInput):
-    """A learning rate was too large."""
+    """A loss grew without bound: the learning rate, or the noise, was too large."""

@@ -56,7 +56,7 @@ def reference(start: Base) -> dict:
 
 
 class Folder:
-    """The folder of one run, which no other process may work in as long as this object lives."""
+    """The folder of one run, which no other process may work in while this object exists."""
 
     def __init__(self, settings: Settings, config: dict):
         """Make it, or empty it of an old run if that is wanted, and write config.json; or prepare to continue in it.
@@ -105,7 +105,7 @@ class Folder:
         begun = json_of(self.path / "config.json")
         for name, what in (("base", "init_from"), ("texts", "data")):
             if begun[name] != self.config[name]:
-                raise BadInput(f"`{what}`: is no longer what the run in {self.path} began with; bring it back, or "
+                raise BadInput(f"`{what}`: is no longer what the run in {self.path} began with; restore it, or "
                                "start anew with `overwrite`")
         state = newest(self.path, self.config["settings"]["device"], clean=True)
         self.forget_after(state["round"] if state else -1)
@@ -152,7 +152,7 @@ def settings_of(arguments: list[str] | None) -> Settings:
     if not given.get("resume"):
         return Settings(**given)
     if "out" not in given:
-        raise BadInput("`resume`: which run? give its folder with `out`")
+        raise BadInput("`resume`: needs the run's folder; give `out`")
     if not (Path(given["out"]) / "config.json").exists():
         raise BadInput(f"`resume`: `out` {given['out']} holds no run to continue; give another, or leave `resume` out")
     saved = json_of(Path(given["out"]) / "config.json")["settings"]

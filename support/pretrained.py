@@ -113,7 +113,8 @@ def fetch(name: str) -> tuple[Path, object]:
         return path, torch.hub.load_state_dict_from_url(URL.format(name), map_location="cpu", file_name=file,
                                                         weights_only=True)
     except (OSError, HTTPException) as error:
-        raise BadInput(f"`init_from` {name}: can't be downloaded ({error}); connect once, or give a file") from None
+        raise BadInput(f"`init_from` {name}: can't be downloaded ({error}); connect to the network once, or give a "
+                       "file") from None
     except Exception as error:  # a broken file can fail in any way
         raise BadInput(f"`init_from` {path}: can't be read ({type(error).__name__}); delete it to download it "
                        "again") from None

@@ -24,8 +24,8 @@ def join(settings: Settings) -> None:
     """Meet the other processes, if there are any, each on a GPU of its own where there are some. Raises BadInput."""
     together, method = int(os.environ.get("WORLD_SIZE", 1)), METHODS[settings.method]
     if together > settings.users or (together > 1 and (method.pooled or method.server is not Server)):
-        raise BadInput(f"`method` {settings.method} `users` {settings.users}: not for {together} processes; take one, "
-                       "or another method and more users")
+        raise BadInput(f"`method` {settings.method} `users` {settings.users}: can't be shared among {together} "
+                       "processes; take one, or another method and more users")
     if "RANK" in os.environ and not dist.is_initialized():
         if settings.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

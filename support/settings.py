@@ -94,10 +94,10 @@ class Training:
     block_size: int = setting(64, "tokens in a window", int, 1, high=1_000_000)
     lr: float = setting(6e-3, "the experts' highest learning rate", float, above=0)
     warmup: int = setting(100, "steps up to the highest learning rate; at most a fifth of all steps", int, 0)
-    weight_decay: float = setting(0.1, "AdamW's weight decay; routers have none", float, 0)
-    n_layer: int | None = setting(None, "layers (default: 3, or the base's)", int, 1, high=1000)
-    n_head: int | None = setting(None, "attention heads (default: 4, or the base's)", int, 1)
-    n_embd: int | None = setting(None, "channels (default: 128, or the base's)", int, 1, high=1_000_000)
+    weight_decay: float = setting(0.1, "AdamW's weight decay; none for routers", float, 0)
+    n_layer: int | None = setting(None, "layers (default: 3; a base brings its own)", int, 1, high=1000)
+    n_head: int | None = setting(None, "attention heads (default: 4; a base brings its own)", int, 1)
+    n_embd: int | None = setting(None, "channels (default: 128; a base brings its own)", int, 1, high=1_000_000)
     seed: int = setting(0, "the seed of everything that is random", int, 0)
     device: str = setting("cpu", "cpu, cuda (in bfloat16), cuda:1, mps, ...")
     compile: bool = setting(False, "compile the models with torch.compile", bool)
@@ -109,7 +109,10 @@ class Training:
 
 @dataclass
 class Settings(Training):
-    """One run of train.py. Values that are given once for all users are repeated for each. Raises BadInput."""
+    """Run one method, from its settings to its table. Values that are given once are repeated for each user.
+
+    Raises BadInput.
+    """
 
     users: int = setting(4, "number of users", int, 1, high=100_000)
     specialists: tuple[int, ...] = setting(
@@ -128,7 +131,7 @@ class Settings(Training):
                                    "user, or a .csv or .jsonl file")
     user_field: str | None = setting(None, "a table's field that says whose text a row is (default: user)")
     text_field: str | None = setting(None, "a table's field that holds the text (default: text)")
-    source: str | None = setting(None, "a file, an address or a data set to read a named corpus from, not its own")
+    source: str | None = setting(None, "a file, an address or a data set instead of a named corpus's own source")
     cache: str = setting("out/cache", "folder for downloaded text")
     short_users: str = setting("refuse", "what to do about users with too little text", choices=("refuse", "leave-out"))
     target: str = setting("own", "whose text is used for validation and testing: the user's own, or an even mix of "
@@ -173,7 +176,7 @@ class Settings(Training):
             (self.init_from != "scratch" and self.n_embd, "n_embd", "`init_from` has its own", "leave it out"),
             (self.source and self.data not in CORPORA, "source", f"`data` {self.data} is not a named corpus",
              f"take one of {', '.join(CORPORA)}, or leave it out"),
-            *((getattr(self, name) and Path(self.data).suffix not in TABLES, name, f"`data` {self.data} is no table",
+            *((getattr(self, name) and Path(self.data).suffix not in TABLES, name, f"`data` {self.data} isn't a table",
                "leave it out") for name in ("user_field", "text_field")),
             (self.dp_noise and not self.clip_update, "dp_noise", "needs a bound", "give `clip_update`"),
             (self.dp_noise and self.average != "uniform", "dp_noise", "is for equal weights", "take `average` uniform"),
@@ -278,7 +281,8 @@ def status_of(command: str, work: Callable[[], object], if_stopped: str) -> int:
         print(f"{command}{process}: {as_flags(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"{command}: {error.filename or 'a file'}: {error.strerror or error}; check the disk", file=sys.stderr)
+        reason = f"{error.filename or 'a file'}: {error.strerror or error}"
+        print(f"{command}: {reason}; check the disk and its permissions", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):

@@ -3,12 +3,13 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 
 import compare
 import train
-from compare import Comparison, markdown, mean_and_deviation, summarize, table
+from compare import markdown, mean_and_deviation, summarize, table
 from lab import experiments
 from support import plots
 from support.settings import parsed
@@ -124,11 +125,11 @@ def test_bad_input_is_one_line_before_anything_is_run(wrong, compared, tmp_path)
 
 # --- experiments -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
-def test_in_an_experiment_only_what_it_asks_about_differs(name):
-    """Steps, batches, rounds, base and users are the same in all rows; rates stand in CHOSEN. In E, all rows have as
-    many parameters, but for the routers: per layer and channel, attention's changes have 6 r and an expert's 10 r."""
-    rows = [parsed([*experiments.COMMON.split(), *flags.split()]) for flags in experiments.EXPERIMENTS[name][1].values()]
+@pytest.mark.parametrize("flags", [flags for _, flags in experiments.EXPERIMENTS.values()], ids=experiments.EXPERIMENTS)
+def test_in_an_experiment_only_what_it_asks_about_differs(flags, request):
+    """In E, users have as many parameters in all rows, but for the routers: per layer and channel, attention's changes
+    have 6 r and an expert's 10 r."""
+    name, rows = request.node.callspec.id, [parsed(f"{experiments.COMMON} {row}".split()) for row in flags.values()]
     for same in ("rounds", "local_steps", "batch_size", "block_size", "users", "router_every", "router_steps", "target",
                  "data", "init_from", "warmup", "weight_decay", "experts_see"):
         assert len({getattr(row, same) for row in rows}) == 1, same
@@ -139,17 +140,14 @@ def test_in_an_experiment_only_what_it_asks_about_differs(name):
     assert "comigs" in {row.method for row in rows}
 
 
-def test_an_experiment_is_one_command(corpus, tmp_path, monkeypatch, capsys):
+def test_an_experiment_is_one_command(corpus, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "COMMON", " ".join(SHORT))
     monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", ("a title", {
         "comigs": experiments.run_of("comigs"), "local 2 S": experiments.run_of("local", "--specialists 2")}))
-    assert experiments.main(["tiny", "--out", str(tmp_path / "tiny"), "--data", corpus, "--seeds", "1"]) == 0
-    assert "a title" in capsys.readouterr().out
-    rows = json.loads((tmp_path / "tiny" / "table.json").read_text())
-    assert rows.keys() == {"comigs", "local 2 S"}
-    assert experiments.main(["nonsense"]) == experiments.main(["tiny", "--method", "local"]) == 2
-    unknown, fixed = capsys.readouterr().err.splitlines()[-2:]
-    assert "the first word is one of A" in unknown
-    assert "--method: the rows are different methods" in fixed
+    assert experiments.main(["tiny", "--out", "tiny", "--data", corpus, "--seeds", "1"]) == 0
+    assert json.loads(Path("tiny/table.json").read_text()).keys() == {"comigs", "local 2 S"}
     assert experiments.main([]) == experiments.main(["--help"]) == 0
-    assert "a title" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("a title") == 3
+    for wrong, message in (("nonsense", "the first word is one of A"), ("tiny --method local", "--method: the rows")):
+        assert experiments.main(wrong.split()) == 2
+        assert message in capsys.readouterr().err

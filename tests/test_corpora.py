@@ -86,17 +86,17 @@ def test_a_folders_users_are_files_folders_and_given_splits():
     ("t.jsonl", '{"user": "a", "body": "x"}\n', "has no field text but user, body; .*`text_field`"),
     ("t.jsonl", '["user", "text"]\n', "row 1: has no field user"),
     ("t.jsonl", '{"user": {"a": 1}, "text": "x"}', "can't be a user's name"),
-    ("t.jsonl", '{"user": "a", "text": 5}\n', "row 1: its text is no text"),
-    ("t.jsonl", '{"user": "a", "text": "x"}\n{"user": "a", "te', "row 2 is no jsonl .*; mend it"),
-    ("t.jsonl", "[" * 100_000, "row 1 is no jsonl"),
+    ("t.jsonl", '{"user": "a", "text": 5}\n', "row 1: its text .*; correct"),
+    ("t.jsonl", '{"user": "a", "text": "x"}\n{"user": "a", "te', "t.jsonl: row 2 .*; correct it"),
+    ("t.jsonl", "[" * 100_000, "t.jsonl: row 1 .*; correct it"),
     ("t.jsonl", b'{"user": "a", "text": "x"}\n{"user": "a", "text": "\xe9"}\n', "is not UTF-8"),
-    *(("t.jsonl", lines({"user": user, "text": "x"}), f"t.jsonl, row 1: '{shown}' can't be a user's name; rename")
+    *(("t.jsonl", lines({"user": user, "text": "x"}), f"t.jsonl, row 1: '{shown}' can't be a user's name; rename it")
       for user, shown in [("../b", "../b"), ("..", r"\.\."), ("/etc/x", "/etc/x"), ("", ""), ("a\nb", r"a\\nb"),
                           ("a\u2028b", r"a\\u2028b"), ("x" * 101, "x{40}")]),
     ("t.csv", "user,text\na,Grüße\n".encode() + b"b,Gr\xfc\xdfe\n", "is not UTF-8"),  # mixed encodings
-    ("t.csv", 'user,text\na,"no end\nb,x\n', "row 1 is no csv"),
-    ("t.csv", "user,text\na,one, two\n", "row 1 is no csv .more fields than the first row"),
-    ("t.csv", "user,text\na," + "x" * 17_000_000, "row 1 is no csv .field larger than"),
+    ("t.csv", 'user,text\na,"no end\nb,x\n', "t.csv: row 1 .*; correct it"),
+    ("t.csv", "user,text\na,one, two\n", "row 1 .*more fields than the first row.*; correct it"),
+    ("t.csv", "user,text\na," + "x" * 17_000_000, "row 1 .*field larger than.*; correct it"),
     ("t.txt", "text", "not a folder, nor a .csv or .jsonl file; give one, or one of builtin,"),
 ])
 def test_bad_text_is_one_line(name, content, message):
@@ -210,4 +210,4 @@ def test_a_cache_that_cant_be_written_is_one_line(news):
 
 def test_a_library_that_isnt_installed_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    refused("`data` wikipedia: .*pip install datasets, or give a file", "wikipedia")
+    refused("`data` wikipedia: .*pip install datasets.* or give a file", "wikipedia")

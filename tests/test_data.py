@@ -252,7 +252,7 @@ def test_trigram_worked_by_hand():
     counts as (a, a): b 1 (1 type), so p3(b|a a) = (1 + 11/20) / 2 = 31/40; after (a, b): a 2 (1 type), so
     p3(a|a b) = (2 + 19/24) / 3 = 67/72.
     """
-    c, a, b = range(3)
+    a, b, c = range(3)
     loss = trigram_loss(np.array([a, b, a, b, a, c]), np.array([a, b, a]), 3)
     assert loss == pytest.approx(-(math.log(31 / 40) + math.log(67 / 72)) / 2)
 

@@ -128,7 +128,7 @@ def test_whatever_the_method_only_its_generalists_cross_with_all_their_bytes_cou
     """`play` watches everything that goes either way. What is backbone keeps its bits; in FFA-LoRA that is A, too."""
     users = [lora_user(method, seed) for seed in range(3)]
     before, (factors, both) = [bits(user, BACKBONE) for user in users], SENT[method]
-    play(Guard(METHODS[method].server(users[0].answer())), users)
+    play(Guard(METHODS[method].server(users[0].model.having(GENERALIST))), users)
     for user, backbone in zip(users, before, strict=True):
         assert {name.rpartition(".")[2] for name in user.shared} == factors
         assert any(".changes.1." in name for name in user.shared) == both  # the specialist of the paper's model
@@ -171,7 +171,7 @@ def test_a_hundredth_of_the_layers_balancing_losses_stands_beside_the_loss_which
     assert user.lower.step(user.model).item() == loss.item() == lora_user(specialists=2).model(*batch)[1].item()
 
 
-def test_one_methods_levels_leak_and_carry_each_ones_gradients_into_the_others_next_step():
+def test_only_the_leaky_levels_carry_their_gradients_into_each_others_next_step():
     assert {name for name, method in METHODS.items() for level in (method.level, method.router_level)
             if level.differentiate is not Level.differentiate} == {"comigs-leaky"}
     user, train, valid = lora_user("comigs-leaky"), next(Batches(0)), next(Batches(1))

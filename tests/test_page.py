@@ -54,7 +54,7 @@ def made(texts: list[data.Text], user: Learned) -> dict:
 def test_the_routing_shown_is_the_routing_used(how):
     """All gates, computed again from what each router reads, and the perplexity as routed and with their mean."""
     text, user, inputs = text_of(TEXT), user_of(**how), []
-    view, windows = made([text], user)["own"][0], [*data.ordered_windows(text.test, 1, 8)]
+    view, windows = made([text], user)["own"][0], list(data.ordered_windows(text.test, 1, 8))
     shown = np.frombuffer(base64.b64decode(view["gates"]), np.uint8).reshape(2, 40, view["experts"]) / 255
     for block in user.model.blocks:
         block.moe.register_forward_hook(lambda module, given, _: inputs.append(given[0][0]))
@@ -69,8 +69,7 @@ def test_the_routing_shown_is_the_routing_used(how):
             losses = [user.model(*window, given)[1].item() * window[1].numel() for window in windows]
             assert perplexity == pytest.approx(math.exp(sum(losses) / 40), rel=1e-5)
     assert np.abs(shown - gates.numpy()).max() <= 1 / 255
-    to_signs = gates[1, [0, 19], :view["generalists"]].sum(1).mean().item()  # ‖ and the comma
-    assert view["kinds"][1]["other"] == pytest.approx(to_signs, rel=1e-5)
+    assert view["kinds"][1]["other"] == pytest.approx(gates[1, [0, 19], :view["generalists"]].sum(1).mean().item())
     assert (view["generalists"], view.get("worth")) == (how.get("generalists", 1), None)
 
 

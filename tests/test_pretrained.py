@@ -63,7 +63,8 @@ def test_a_prefix_or_safetensors_make_no_difference(file, tmp_path):
 
 
 def test_pack_and_load_are_inverse_and_carry_heads_gelu_and_tokenizer(file, tmp_path):
-    """So that a base of our own is loaded without saying anything about it; with fewer positions, if that is asked."""
+    """So that a base of our own is loaded without saying anything about it, and nothing else can be said of it, but that
+    there are to be fewer positions."""
     model = GPT.from_pretrained(file, n_head=4, gelu="none", specialists=0, routed=False)
     tensors = {GPT.plain_name(name): parameter for name, parameter in model.named_parameters()}
     torch.save(pretrained.pack(tensors, 4, "none", "bytes"), tmp_path / "base.pt")
@@ -73,12 +74,9 @@ def test_pack_and_load_are_inverse_and_carry_heads_gelu_and_tokenizer(file, tmp_
         again, idx = GPT.from_pretrained(tmp_path / "base.pt", expert="lora", block_size=T), torch.randint(11, (2, T))
         assert len(again.positions.weight) == again.config.block_size == T
         torch.testing.assert_close(again(idx)[0], model(idx)[0])
-
-
-@pytest.mark.parametrize("wrong", [dict(n_layer=1), dict(n_layer=3), dict(vocab_size=12), dict(n_embd=16)])
-def test_what_the_file_decides_cant_be_overridden(wrong, file):
-    with pytest.raises(ValueError, match=f"leave `{next(iter(wrong))}` out"):
-        GPT.from_pretrained(file, n_head=2, **wrong)
+    for name, value in (("n_layer", 1), ("n_layer", 3), ("vocab_size", 12), ("n_embd", 16), ("n_head", 2)):
+        with pytest.raises(ValueError, match=f"leave `{name}` out"):
+            GPT.from_pretrained(tmp_path / "base.pt", **{name: value})
 
 
 class Trap:
@@ -96,11 +94,9 @@ def wrong_files(tmp_path):
     tensors, config = gpt2_tensors(), {"n_head": 4, "gelu": "none"}
     yield "missing.safetensors", None, "no such file"
     yield "empty.bin", b"", "can't be read"
-    yield "text.bin", b"import os", "can't be read"
     yield "text.safetensors", b"import os", "can't be read|needs a library"
     yield "trap.bin", pickle.dumps({"wte.weight": Trap(tmp_path / "sprung")}, 2), "can't be read"
     yield "trap.pt", {"wte.weight": Trap(tmp_path / "sprung")}, "can't be read"
-    yield "list.pt", [1, 2], "holds no GPT-2"
     yield "number.pt", {"wte.weight": 1, "wpe.weight": 2}, "holds no GPT-2"
     yield "other.pt", {"layer.weight": torch.ones(2, 2)}, "holds no GPT-2"
     yield "part.pt", {name: t for name, t in tensors.items() if name != "h.1.ln_2.bias"}, "h.1.ln_2.bias"
@@ -142,7 +138,7 @@ def test_names_are_downloaded_once_into_files_of_their_own(tmp_path, monkeypatch
         assert [pretrained.load(name).config["vocab_size"] for name in ("gpt2", "gpt2-medium")] == [11, 12]
         for path in tmp_path.glob("*.bin"):
             path.unlink()
-    with pytest.raises(ValueError, match="gpt2-xl: can't be downloaded .*; connect once, or give a file"):
+    with pytest.raises(ValueError, match="gpt2-xl: can't be downloaded .*; .*give a"):
         pretrained.load("gpt2-xl")
     next((tmp_path / "cache").rglob("*medium*.bin")).write_bytes(b"<html>")
     with pytest.raises(ValueError, match="medium.*delete it"):

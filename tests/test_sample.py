@@ -76,7 +76,7 @@ def test_bad_input_is_one_line_and_status_2(corpus, tiny_base, capsys):
         refused("--run run --html page.html", "--html page.html: ")
         damaged.unlink()
     torch.save(tiny_base | {"model": tiny_base["model"] | {"ln_f.bias": torch.ones(16)}}, "base.pt")
-    refused("--run run", "base.pt is no longer the file that it started from; bring it back")
+    refused("--run run", "base.pt is no longer the file that it started from")
     for checkpoint in Path("run").glob("*.pt"):
         checkpoint.write_bytes(b"no checkpoint")
     refused("--run run", "holds no whole checkpoint")

@@ -119,12 +119,13 @@ def memory(tensors) -> set[int]:
 
 
 def play(server: Server, users: list[User], rounds: int = 2, lost=()) -> Server:
-    """Some rounds. All that crosses is generalists, in memory of its own, without gradients, and its bytes are counted;
-    the server hears from everyone who isn't lost, and hears nothing but what the user's generalists are."""
+    """Some rounds, in which everything that crosses is generalists of the user's, in memory that no model uses, without
+    gradients, and counted. An answer is what the user's model holds; everyone answers who isn't lost."""
     for _ in range(rounds):
         wire, before = Wire(server), [(user.bytes_down, user.bytes_up) for user in users]
         federated_round(wire, users, Rhythm(3, 2, 1), lost)
         assert wire.up.keys() == set(users) - set(lost)
+        private = memory(parameter for user in users for parameter in user.model.parameters())
         for user, given, (down, up) in zip(users, wire.down, before, strict=True):
             answer, generalists = wire.up.get(user, {}), user.model.having(GENERALIST)
             assert answer.keys() == (given.keys() if user in wire.up else set())
@@ -134,6 +135,6 @@ def play(server: Server, users: list[User], rounds: int = 2, lost=()) -> Server:
                 assert (tensor.requires_grad, tensor.grad_fn) == (False, None)
             assert all(torch.equal(tensor, generalists[name]) for name, tensor in answer.items())
             crossed = [*given.values(), *answer.values(), *server.generalists.values()]
-            assert not memory(user.model.parameters()) & memory(crossed)
+            assert not memory(crossed) & private
             assert (user.bytes_down - down, user.bytes_up - up) == (size_of(given), size_of(answer))
     return server
