@@ -78,7 +78,7 @@ def split(documents: list[str], train: int) -> Splits:
     """
     total, longest = bytes_of(documents), max(len(document.encode()) for document in documents)
     held_out = {name: min(size, total // 10) for name, size in HELD_OUT.items()}
-    if len(documents) >= 10 and longest <= min(total // 10, DOCUMENT):
+    if longest <= min(total // 10, DOCUMENT):
         place = {document: number for number, document in enumerate(documents)}
         dealt = deal(iter(sorted(documents, key=order)), held_out, train, whole=True)
         return {name: sorted(part, key=place.get) for name, part in dealt.items()}
@@ -99,7 +99,9 @@ def anyones(settings: "Settings", train: list[int], tokenizer: tiktoken.Encoding
     Raises BadInput, OSError.
     """
     held = defaultdict(lambda: {"": [], **{name: [] for name in SPLITS}})
-    size = max(train) + 10 * max(HELD_OUT.values()) + len(SPLITS) * 4 * CORPUS_EXCERPT  # enough for every split
+    least = 1000 * (CORPORA[settings.data].train_kb or 0) if settings.data in CORPORA else 0  # so that what is held out
+    # doesn't depend on how much is asked for
+    size = max(*train, least) + 10 * max(HELD_OUT.values()) + len(SPLITS) * 4 * CORPUS_EXCERPT  # enough for every split
     for user, text, meant in corpora.read(settings, min(size, EVERYTHING)):
         if text.strip():
             held[user][meant].append(text)
@@ -108,7 +110,7 @@ def anyones(settings: "Settings", train: list[int], tokenizer: tiktoken.Encoding
         if len(users) == len(train):
             break
         own, wanted = held[name], train[len(users)]
-        documents = [text for text in own.pop("") if not (text in seen or seen.add(text))]
+        documents = list(dict.fromkeys(text for text in own.pop("") if text not in seen))
         if documents:
             own = split(documents, wanted)
         elif wanted < EVERYTHING:
@@ -119,6 +121,7 @@ def anyones(settings: "Settings", train: list[int], tokenizer: tiktoken.Encoding
             left_out += 1
         else:
             users[name] = own
+            seen.update(documents)
     if len(users) < len(train):
         others = f", and {left_out} with too little text" if left_out else ""
         raise BadInput(f"`users` {len(train)}: `data` {settings.data} holds {len(users)} users{others}; add text or "
@@ -144,8 +147,8 @@ def tokenizer(name: str) -> tiktoken.Encoding:
         return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=bytewise, special_tokens={END: 256})
     try:
         return tiktoken.get_encoding(name)
-    except OSError as error:  # a failed download: the errors of `requests` are OSErrors
-        raise BadInput(f"`tokenizer` {name}: its table can't be downloaded ({type(error).__name__}); connect to the "
+    except (OSError, ValueError) as error:  # a failed download: the errors of `requests` are OSErrors
+        raise BadInput(f"`tokenizer` {name}: its table can't be had ({type(error).__name__}); connect to the "
                        "network once, set TIKTOKEN_CACHE_DIR to a folder that holds it, or take bytes") from None
 
 
@@ -154,7 +157,7 @@ def encode(document: str, tokenizer: tiktoken.Encoding) -> np.ndarray:
     own = tokenizer.name == "bytes"
     text = np.frombuffer(document.encode(), np.uint8) if own else tokenizer.encode_ordinary(document)
     kind = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
-    return np.concatenate([[tokenizer.eot_token], text]).astype(kind)
+    return np.concatenate([np.array([tokenizer.eot_token], kind), np.asarray(text, kind)])
 
 
 @dataclass

@@ -76,6 +76,8 @@ def show_page(run: Path, state: dict, users: list[Learned], path: Path) -> None:
     tokenizer = data.tokenizer(state["base"]["tokenizer"])
     texts = data.load(settings, tokenizer)
     users = users * (len(texts) // len(users))  # one for all, where text was pooled
+    if path.is_dir():
+        raise BadInput(f"`html` {path}: is a folder; give a file")
     try:
         page.of_run(run, path, settings.title, texts, users, tokenizer)
     except (OSError, json.JSONDecodeError) as error:

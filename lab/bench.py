@@ -193,7 +193,7 @@ def bench_gpt2(device: str) -> None:
             speeds[name].append(tokens)
         ours, copies = map(torch.cat, speeds.values())
         print(f"{E} experts, ours / block copies: {quartiles(ours / copies)} times the tokens per second")
-    with torch.device("meta"):
+    with torch.device("meta"):  # a new process counts what this one holds as its own peak, too
         one = sum(frozen.numel() for frozen in GPT(config).having(BACKBONE).values())
     parameters, _, most = alone(federation, config, [1, 2, 4, 8], B, device)
     print(f"users of 1, 2, 4 and 8 specialists: {parameters:,} parameters, {parameters / one:.3f} of one GPT-2; "

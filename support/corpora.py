@@ -11,16 +11,18 @@ import html
 import importlib.util
 import json
 import re
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from tqdm import tqdm
 
 from support.errors import BadInput
-from support.files import write_text
+from support.files import write, write_text
 
 if TYPE_CHECKING:
     from support.settings import Settings
@@ -239,7 +241,7 @@ def documents(table: Iterable[tuple[str, Row]], recipe: Recipe) -> Iterator[Docu
                 continue
             texts = [field(row, name) or "" for name in recipe.text_fields]
         except KeyError as error:
-            there = ", ".join(map(str, row)) if isinstance(row, dict) else "no fields"
+            there = " ".join(", ".join(map(str, row)).split())[:200] if isinstance(row, dict) else "no fields"
             raise BadInput(f"`data` {where}: has no field {error.args[0]} but {there}; "
                            f"{'give another `source`' if named else 'name one: `user_field`, `text_field`'}") from None
         if not all(isinstance(text, str) for text in texts):
@@ -255,14 +257,19 @@ def documents(table: Iterable[tuple[str, Row]], recipe: Recipe) -> Iterator[Docu
 
 def corpus(name: str, source: str | None, cache: Path, size: int) -> Iterator[Document]:
     """The documents of one of CORPORA. source: instead of its own, a file or its address, a data set or a folder like
-    one. What comes over the network is kept in the cache as JSON lines of user and text. Raises BadInput, OSError."""
+    one. What comes over the network is kept in the cache: a file as it is, a data set as JSON lines of user and text.
+
+    Raises BadInput, OSError.
+    """
     recipe, source = CORPORA[name], source or CORPORA[name].source
-    path = Path(source)
+    path = download(source, cache) if "://" in source else Path(source)
     if path.suffix in TABLES and path.is_file():
         return documents(rows(path, recipe.columns), recipe)
-    if path.exists():
+    if path.is_dir():
         return streamed(name, source, size)
-    kept = cache / f"{name}-{shuffled(source).hex()[:8]}-{'all' if size == EVERYTHING else size}.jsonl"
+    if path.exists() or path.suffix in TABLES:
+        raise BadInput(f"`source` {source}: not a .csv or .jsonl file; give one, or a data set")
+    kept = cache / f"{name}-{shuffled(source).hex()[:8]}-{size}.jsonl"
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_text(kept, "".join(json.dumps({"user": user, "text": text}, ensure_ascii=False) + "\n"
@@ -270,23 +277,30 @@ def corpus(name: str, source: str | None, cache: Path, size: int) -> Iterator[Do
     return documents(rows(kept), Recipe())
 
 
+def download(address: str, cache: Path) -> Path:
+    """The file of an address, in the cache. Raises BadInput, OSError."""
+    path = cache / (shuffled(address).hex()[:16] + Path(address.partition("?")[0]).suffix)
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            write(path, lambda file: urllib.request.urlretrieve(address, file))
+        except (OSError, HTTPException) as error:
+            raise BadInput(f"`source` {address}: can't be downloaded ({error}); try again, or give a file") from None
+    return path
+
+
 def streamed(name: str, source: str, size: int) -> Iterator[Document]:
-    """The documents of a data set, or of a table at an address, until every user has `size` bytes. Raises BadInput."""
+    """The documents of a data set, until every user has `size` bytes. Raises BadInput."""
     recipe = CORPORA[name]
 
     def stream(configuration: str | None) -> Iterator[tuple[str, Row]]:
-        how = dict(path=source, name=configuration)
-        if "://" in source:
-            csv_file = Path(source.partition("?")[0]).suffix == ".csv"
-            how = dict(path="csv" if csv_file else "json", data_files=source) | (
-                dict(column_names=recipe.columns, keep_default_na=False) if csv_file else {})
         try:
             import datasets
-            for row in datasets.load_dataset(**how, split="train", streaming=True):
-                yield source, {CONFIGURATION: configuration, **row}
-        except ImportError as error:
-            raise BadInput(f"`data` {name}: needs a library that isn't here ({error}); pip install datasets aiohttp, "
-                           "or give a file of it, .csv or .jsonl, with `source`") from None
+            for row in datasets.load_dataset(source, configuration, split="train", streaming=True):
+                yield source, {**row, CONFIGURATION: configuration}
+        except ImportError:
+            raise BadInput(f"`data` {name}: needs a library that isn't here; pip install datasets, or give a file of "
+                           "it, .csv or .jsonl, with `source`") from None
         except Exception as error:  # its many back ends raise all kinds
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             raise BadInput(f"`data` {name}: {source} can't be read ({reason}); try again, or give a copy with "

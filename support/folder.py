@@ -130,8 +130,8 @@ def free_name(name: str) -> str:
 
 def damaged(path: Path, error: Exception) -> BadInput:
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    return BadInput(f"`out` {path.parent}: {path.name} is missing, damaged or of another version ({reason}); start "
-                    "anew with `overwrite`")
+    return BadInput(f"the run in {path.parent}: {path.name} is missing, damaged or of another version ({reason}); "
+                    "train it anew with `overwrite`")
 
 
 def json_of(path: Path) -> dict:
@@ -246,5 +246,5 @@ def newest(folder: Path, device: str = "cpu", clean: bool = False) -> dict | Non
                 path.unlink()
             return state
     if bad:
-        raise BadInput(f"`out` {folder}: holds no whole checkpoint; start anew with `overwrite`")
+        raise BadInput(f"the run in {folder} holds no whole checkpoint; train it anew with `overwrite`")
     return None

@@ -8,61 +8,53 @@ from pathlib import Path
 import pytest
 
 import compare
-import train
 from compare import markdown, mean_and_deviation, summarize, table
 from lab import experiments
 from support import plots
 from support.settings import parsed
-from test_train import TINY
+from test_train import TINY, refusal
 
-SHORT = [*TINY, "--rounds", "1", "--specialists", "1"]
+SHORT = f"{' '.join(TINY)} --rounds 1 --specialists 1 --data text"
 
 
 @pytest.fixture
-def compared(corpus, tmp_path, monkeypatch, capsys):
-    """Runs compare.py on the tiny corpus: exit status, table.md and what was printed."""
-    def run(*more):
-        monkeypatch.setattr("sys.argv", ["compare.py", "--methods", "comigs,local", "--seeds", "2", "--out",
-                                         str(tmp_path / "runs"), *SHORT, "--data", corpus, *more])
-        status, file = compare.main(), tmp_path / "runs" / "table.md"
-        return status, file.read_text() if file.exists() else "", capsys.readouterr()
+def compared(corpus, monkeypatch):
+    """Runs compare.py on the tiny corpus: its exit status."""
+    def run(more: str = "") -> int:
+        monkeypatch.setattr("sys.argv", f"compare.py --methods comigs,local --seeds 2 --out out {SHORT} {more}".split())
+        return compare.main()
     return run
 
 
-def result(folder) -> dict:
-    return json.loads((folder / "result.json").read_text())
+def result(method: str, rate: float, seed: int) -> dict:
+    return json.loads(Path(f"out/{method}-lr{rate}-seed{seed}/result.json").read_text())
 
 
-def test_what_is_there_isnt_run_again_what_was_cut_off_is_and_other_settings_are_refused(
-        compared, tmp_path, monkeypatch):
-    status, text, _ = compared()
-    assert status == 0
-    runs = [result(tmp_path / "runs" / f"local-lr0.006-seed{seed}") for seed in (0, 1)]
+def test_what_is_there_isnt_run_again_what_was_cut_off_is_and_other_settings_are_refused(compared, monkeypatch, capsys):
+    assert compared() == 0
+    runs, text = [result("local", 0.006, seed) for seed in (0, 1)], Path("out/table.md").read_text()
     assert f"{sum(run['mean_test_ppl'] for run in runs) / 2:.2f} ±" in text.splitlines()[3]
     assert all(name in text for name in ("anna", "bert", "cleo", "no training", "trigram"))
     with monkeypatch.context() as context:
         context.setattr(compare, "Run", None)  # nothing is missing any more
-        assert compared()[:2] == compared("--overwrite")[:2] == (0, text)
-    (tmp_path / "runs" / "local-lr0.006-seed1" / "result.json").unlink()  # cut off
-    assert compared()[0] == 0
-    assert result(tmp_path / "runs" / "local-lr0.006-seed1")["users"] == runs[1]["users"]
-    status, _, printed = compared("--local-steps", "3")
-    assert (status, "holds a run" in printed.err) == (2, True)
+        assert compared() == compared("--overwrite") == 0
+    assert Path("out/table.md").read_text() == text
+    Path("out/local-lr0.006-seed1/result.json").unlink()  # cut off
+    assert compared() == 0
+    assert result("local", 0.006, 1)["users"] == runs[1]["users"]
+    assert compared("--local-steps 3") == 2
+    assert "holds a run" in capsys.readouterr().err
 
 
-def test_each_method_gets_the_rate_that_is_best_on_validation_text_of_the_first_seed(compared, tmp_path):
+def test_each_method_gets_the_rate_that_is_best_on_validation_text_of_the_first_seed(compared):
     """One that diverges isn't chosen, and stops nothing, if there is another."""
-    assert compared("--rates", "1e-4,1e-2,1e30")[0] == 0
-    summaries = json.loads((tmp_path / "runs" / "table.json").read_text())
-    for method in ("comigs", "local"):
-        tried = {rate: result(tmp_path / "runs" / f"{method}-lr{rate}-seed0") for rate in ("0.0001", "0.01")}
-        assert summaries[method]["valid_ppl_by_rate"] == {
-            rate: run["mean_valid_ppl"] for rate, run in tried.items()} | {"1e+30": math.inf}
-        best = min(tried, key=lambda rate: tried[rate]["mean_valid_ppl"])
-        assert summaries[method]["rate"] == float(best)
-        assert len([*(tmp_path / "runs").glob(f"{method}-lr{best}-seed*")]) == 2
-        assert len([*(tmp_path / "runs").glob(f"{method}-lr*-seed1")]) == 1
-    assert compared("--rates", "1e30")[0] == 2
+    assert compared("--rates 1e-4,1e-2,1e30") == 0
+    for method, row in json.loads(Path("out/table.json").read_text()).items():
+        tried = {str(rate): result(method, rate, 0)["mean_valid_ppl"] for rate in (0.0001, 0.01)}
+        assert row["valid_ppl_by_rate"] == tried | {"1e+30": math.inf}
+        assert str(row["rate"]) == min(tried, key=tried.get)
+        assert [path.name for path in Path("out").glob(f"{method}-*-seed1")] == [f"{method}-lr{row['rate']}-seed1"]
+    assert compared("--rates 1e30") == 2
 
 
 def fake_run(folder, *ppls) -> object:
@@ -98,29 +90,20 @@ def test_a_row_worked_by_hand(tmp_path):
     assert markdown([["a", "b"], ["c", "d"]]) == "| a | b |\n| --- | --- |\n| c | d |"
 
 
-def test_a_picture_needs_its_package_before_anything_is_run(compared, corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
-    status, _, printed = compared("--plot")
-    assert (status, "pip install matplotlib" in printed.err.splitlines()[-1]) == (2, True)
-    assert train.main([*TINY, "--data", corpus, "--out", str(tmp_path / "runs"), "--tensorboard"]) == 2
-    assert "--tensorboard: needs tensorboard" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_plot_is_a_picture(compared, tmp_path):
+def test_a_plot_is_a_picture(compared):
     pytest.importorskip("matplotlib", reason="matplotlib isn't installed")
-    assert compared("--plot")[0] == 0
-    assert (tmp_path / "runs" / "table.png").read_bytes().startswith(b"\x89PNG")
+    assert compared("--plot") == 0
+    assert Path("out/table.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("wrong", ["--methods comigs,,local", "--seeds 0", "--rates 1e-3,x", "--nonsense 1",
-                                   "--rounds 0", "--method fedavg", "--method=fedavg", "--resume",
-                                   "--rates 1e-3 --experts-see both", "--methods pcl --specialists 0,1,2"])
-def test_bad_input_is_one_line_before_anything_is_run(wrong, compared, tmp_path):
-    status, _, printed = compared(*wrong.split())
-    assert status == 2
-    assert re.fullmatch(f"compare.py: {re.match('--[a-z]+?(?=s?( |=|$))', wrong)[0]}.*; [a-z-].*\n", printed.err)
-    assert not (tmp_path / "runs").exists()
+@pytest.mark.parametrize("wrong", [
+    "--methods comigs,,local", "--seeds 0", "--rates 1e-3,x", "--nonsense 1", "--resume", "--rounds 0", "--method a",
+    "--method=fedavg", "--rates 1e-3 --experts-see both", "--plot"])  # --plot without matplotlib
+def test_bad_input_is_one_line_before_anything_is_run(wrong, compared, monkeypatch, capsys):
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    line = refusal(capsys, wrong, compared)
+    assert re.match(f"compare.py: {re.match('--[a-z]+', wrong)[0]}.*; [a-z-]", line)
+    assert not Path("out").exists()
 
 
 # --- experiments -----------------------------------------------------------------------------------------------------
@@ -141,10 +124,10 @@ def test_in_an_experiment_only_what_it_asks_about_differs(flags, request):
 
 
 def test_an_experiment_is_one_command(corpus, monkeypatch, capsys):
-    monkeypatch.setattr(experiments, "COMMON", " ".join(SHORT))
+    monkeypatch.setattr(experiments, "COMMON", SHORT)
     monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", ("a title", {
         "comigs": experiments.run_of("comigs"), "local 2 S": experiments.run_of("local", "--specialists 2")}))
-    assert experiments.main(["tiny", "--out", "tiny", "--data", corpus, "--seeds", "1"]) == 0
+    assert experiments.main("tiny --out tiny --seeds 1".split()) == 0
     assert json.loads(Path("tiny/table.json").read_text()).keys() == {"comigs", "local 2 S"}
     assert experiments.main([]) == experiments.main(["--help"]) == 0
     assert capsys.readouterr().out.count("a title") == 3

@@ -133,15 +133,23 @@ def test_ag_news_articles_are_cleaned_given_to_their_topics_user_and_stand_in_on
         assert sum(map(len, splits)) == len(articles)
 
 
-def test_what_comes_over_the_network_is_the_same_as_in_a_file_and_is_needed_once(library, news, monkeypatch):
+def test_a_file_from_an_address_is_kept_as_it_is_and_needed_once(news, monkeypatch):
     monkeypatch.setitem(CORPORA, "agnews", replace(CORPORA["agnews"], source=news.as_uri()))
     first = read("agnews")
     assert first == read("agnews", source=str(news))
     kept, = CACHE.iterdir()
-    assert kept.read_text() == "".join(
-        json.dumps({"user": user, "text": text}, ensure_ascii=False) + "\n" for user, text, _ in first)
+    assert kept.read_bytes() == news.read_bytes()
     news.unlink()
     assert read("agnews") == first
+
+
+def test_a_data_set_from_the_hub_is_kept_as_lines_of_user_and_text_and_needed_once(monkeypatch):
+    documents = [Document("book", "ü\n"), Document("arxiv", "x")]
+    monkeypatch.setattr(corpora, "streamed", lambda *_: iter(documents))
+    assert read("slimpajama") == documents
+    monkeypatch.setattr(corpora, "streamed", None)
+    kept, = CACHE.iterdir()
+    assert read("slimpajama") == read(str(kept)) == documents
 
 
 @pytest.fixture(params=["slimpajama jsonl", "commoncorpus parquet", "wikipedia parquet"])
@@ -189,19 +197,25 @@ def test_what_is_streamed_by_default_is_enough_for_all_splits(library, monkeypat
 
 def test_a_data_set_without_the_field_is_one_line(library):
     write({"hub/train.jsonl": lines({"body": "x", "collection": "USPTO"})})
-    refused("has no field text but configuration, body, .*; give another `source`", "commoncorpus", source="hub")
+    refused("has no field text but body, .*; give another `source`", "commoncorpus", source="hub")
 
 
-@pytest.mark.parametrize("source", ["file:///nowhere/x.csv", "nonsense://here/x.csv", "half.jsonl", None])
-def test_what_cant_be_had_over_the_network_is_one_line(library, monkeypatch, source):
-    if source == "half.jsonl":  # the first 10 MB are rows as they should be
-        write({source: lines(*({"text": words(n, 10_000), "collection": "USPTO"} for n in range(1200))) + "{"})
-        source = Path(source).resolve().as_uri()
-    elif source is None:
-        def offline(**how):
-            raise ConnectionError("no network\nat all")
-        monkeypatch.setattr(library, "load_dataset", offline)
-    refused("`data` commoncorpus: .* can't be read .*; try again, or give a copy with", "commoncorpus", source=source)
+@pytest.mark.parametrize("source", ["file:///nowhere/x.csv", "nonsense://here/x.csv", "http://127.0.0.1:1/x.csv?y=z"])
+def test_an_address_that_cant_be_read_is_one_line(source):
+    refused("`source` .* can't be downloaded .*; try again, or give a file", "agnews", source=source)
+
+
+def test_a_hub_that_cant_be_reached_is_one_line(library, monkeypatch):
+    def offline(*_, **__):
+        raise ConnectionError("no network\nat all")
+    monkeypatch.setattr(library, "load_dataset", offline)
+    refused("`data` commoncorpus: .* can't be read .*; try again, or give a copy with", "commoncorpus")
+
+
+@pytest.mark.parametrize("source", ["nowhere.csv", "x.parquet"])
+def test_a_source_that_is_no_table_nor_a_data_set_is_one_line(source):
+    write({"x.parquet": "PAR1"})
+    refused(f"`source` {source}: not a .csv or .jsonl file; give one, or a data set", "slimpajama", source=source)
 
 
 def test_a_cache_that_cant_be_written_is_one_line(news):

@@ -1,9 +1,11 @@
 """Several processes end where one does, and a run is continued by another number of them."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,68 +14,52 @@ import train
 from federated import User
 from support import processes
 from support.settings import parsed
-from test_train import TINY, lines_of, state
+from test_train import command, state
 from tiny import Stranger
 
 
-def poisoned(*arguments: str) -> int:
+def poisoned(arguments: list[str]) -> int:
     """train.py, with a user bert whose answers aren't finite."""
     answer = User.answer
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(User, "answer", lambda user: {
             name: tensor / (user.name != "bert") for name, tensor in answer(user).items()})
-        return train.main([*arguments])
+        return train.main(arguments)
 
 
-def end(folder) -> list:
-    result, saved = json.loads((folder / "result.json").read_text()), state(folder)
-    return [saved["server"], [user["parameters"] for user in saved["users"]], result | {"seconds": 0}, lines_of(folder)]
+def end(out: str) -> list:
+    """All numbers and tensors that a run leaves, but for its seconds."""
+    def numbers(entry: dict) -> dict:
+        return {name: value for name, value in entry.items() if name != "seconds" and not isinstance(value, str | None)}
+
+    texts = [Path(out, "result.json").read_text(), *Path(out, "metrics.jsonl").read_text().splitlines()]
+    saved = state(out)
+    return [[json.loads(text, object_hook=numbers) for text in texts], saved["server"]["generalists"],
+            saved["server"]["generator"], [user["parameters"] for user in saved["users"]]]
 
 
-def check_close(one: object, two: object) -> None:
-    """Numbers to 1e-5, everything else equal."""
-    if isinstance(one, dict | list | tuple):
-        assert len(one) == len(two)
-        for key in one if isinstance(one, dict) else range(len(one)):
-            check_close(one[key], two[key])
-    elif isinstance(one, float | torch.Tensor):
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
-    else:
-        assert one == two
+close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of PyTorch can't connect processes")
-def test_two_processes_end_where_one_does_and_one_continues_where_two_were(corpus, tmp_path):
+def test_two_processes_end_where_one_does_and_one_continues_where_two_were(corpus):
     """With answers that are refused, clipped or lost, and with noise."""
-    command = [*TINY, *"--rounds 4 --drop-rate 0.2 --clip-update 0.05 --dp-noise 0.5 --data".split(), corpus]
-    script, two = tmp_path / "run.py", tmp_path / "two"
-    script.write_text(f"import sys\nsys.path[:0] = {sys.path}\nfrom test_processes import poisoned\n"
-                      "sys.exit(poisoned(*sys.argv[1:]))")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    ran = subprocess.run([*torchrun, *command, "--out", str(two)], capture_output=True, text=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"})
+    flags = "--rounds 4 --drop-rate 0.2 --clip-update 0.05 --dp-noise 0.5"
+    Path("run.py").write_text(f"import sys\nsys.path[:0] = {sys.path}\nfrom test_processes import poisoned\n"
+                              "sys.exit(poisoned(sys.argv[1:]))")
+    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 run.py".split()
+    ran = subprocess.run([*torchrun, *command(flags, "two")], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                         capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "mean" in ran.stdout
-    assert poisoned(*command, "--out", str(tmp_path / "one")) == 0
-    expected = end(tmp_path / "one")
-    assert expected[2]["refused"] > 1
-    check_close(end(two), expected)
+    assert poisoned(command(flags, "one")) == 0
+    assert end("one")[0][0]["refused"] > 1
+    close(end("two"), end("one"))
 
-    (two / "previous.pt").replace(two / "checkpoint.pt")  # as if it had been cut off
-    (two / "result.json").unlink()
-    assert poisoned("--resume", "--out", str(two)) == 0
-    check_close(end(two), expected)
-
-
-def test_lists_are_dealt_out_and_come_together_again(monkeypatch):
-    everyones, parts = list("abcde"), []
-    monkeypatch.setattr(processes, "count", lambda: 2)
-    for index in (0, 1):
-        monkeypatch.setattr(processes, "index", lambda index=index: index)
-        parts.append(processes.own(everyones))
-    assert parts == [list("ace"), list("bd")]
-    monkeypatch.setattr(processes.dist, "all_gather_object", lambda into, mine: into.__setitem__(slice(None), parts))
-    assert processes.gathered(parts[1]) == everyones
+    Path("two/previous.pt").replace("two/checkpoint.pt")  # as if it had been cut off
+    Path("two/result.json").unlink()
+    assert poisoned("--resume --out two".split()) == 0
+    close(end("two"), end("one"))
 
 
 def test_an_average_over_processes_worked_by_hand_and_of_nothing(monkeypatch):
