@@ -1,7 +1,4 @@
-"""A run that is cut off is continued, and ends bit for bit where it would have ended.
-
-Here runs have five rounds, of which the second, the fourth and the last are evaluated, and then saved.
-"""
+"""A run that is cut off is continued, and ends bit for bit where it would have ended."""
 
 import functools
 import json
@@ -19,16 +16,10 @@ import torch
 import train
 from federated import Server, User
 from support import folder
-from support.folder import Folder
-from test_train import command, refusal, same, state
+from test_train import _text_and_base, command, refusal, same, state  # noqa: F401, the first is a fixture
 
-RUN = "--specialists 1 --rounds 5 --router-every 3 --lr 1e-2"
+RUN = "--specialists 1 --rounds 5 --router-every 3 --lr 1e-2"  # is saved after rounds 2, 4 and 5
 CUT, RESUME = Path("cut"), "--resume --out cut".split()
-
-
-@pytest.fixture(autouse=True)
-def _text_and_base(corpus, tiny_base):
-    torch.save(tiny_base, "base.pt")
 
 
 class Killed(BaseException):
@@ -50,24 +41,22 @@ def cut(arguments: list[str], owner: object, name: str, call: int) -> None:
             train.main(arguments)
 
 
-def end(out: Path) -> tuple:
+def end(out: str) -> list:
     """All that a run leaves, but for times and where it lies."""
-    saved, result = state(out), json.loads((out / "result.json").read_text())
-    for one in (saved, result):
-        del one["seconds"]
-    del saved["settings"]["out"], saved["settings"]["resume"]
-    return saved, result, (out / "metrics.jsonl").read_text()
+    saved, result = state(out), json.loads(Path(out, "result.json").read_text())
+    saved["settings"] |= {"out": "", "resume": False}
+    return [saved | {"seconds": 0}, result | {"seconds": 0}, Path(out, "metrics.jsonl").read_text()]
 
 
 @functools.cache
-def whole(flags: str, lora: bool = False) -> tuple:
+def whole(flags: str, lora: bool = False) -> list:
     assert train.main(command(flags, "whole", lora)) == 0
-    return end(Path("whole"))
+    return end("whole")
 
 
-def resumed() -> tuple:
+def resumed() -> list:
     assert train.main(RESUME) == 0
-    return end(CUT)
+    return end("cut")
 
 
 @pytest.mark.parametrize(("flags", "lora", "moment"), [
@@ -78,12 +67,12 @@ def resumed() -> tuple:
     ("--method fdlora", True, (train, "write_json", 1)),  # before result.json, which needs the users' gates
     *(("--participation 0.7 --drop-rate 0.3 --specialists 0,1,3", False, moment) for moment in (
         (User, "learn", 1), (Server, "take", 3), (os, "fsync", 3),  # in the middle of a checkpoint
-        (Folder, "save", 1), (Folder, "save", 2)))])  # behind an evaluation's lines
+        (folder.Folder, "save", 1), (folder.Folder, "save", 2)))])  # behind an evaluation's lines
 def test_whatever_the_method_and_whenever_it_is_cut_off_a_run_ends_with_the_same_bits(flags, lora, moment):
     cut(command(f"{RUN} {flags}", "cut", lora), *moment)
     if "hetlora" in flags:  # somebody has pruned itself
-        ranks = [len(user["parameters"]["blocks.0.attention.qkv.change.A"]) for user in state("cut")["users"]]
-        assert ranks != [8, 7, 6]
+        A = "blocks.0.attention.qkv.change.A"
+        assert [len(user["parameters"][A]) for user in state("cut")["users"]] != [8, 7, 6]
     assert same(resumed(), whole(f"{RUN} {flags}", lora))
 
 
@@ -98,7 +87,7 @@ def test_noise_and_refused_answers_are_continued_too(monkeypatch, capsys):
 
 
 def test_half_a_line_and_later_lines_are_forgotten_and_earlier_seconds_count():
-    cut(command(RUN, "cut"), Folder, "save", 3)
+    cut(command(RUN, "cut"), folder.Folder, "save", 3)
     with open("cut/metrics.jsonl", "a") as file:
         file.write('{"round": 5, "us')
     torch.save(state("cut") | {"seconds": 1000.0}, "cut/checkpoint.pt")
@@ -107,7 +96,7 @@ def test_half_a_line_and_later_lines_are_forgotten_and_earlier_seconds_count():
 
 
 @pytest.mark.parametrize("damage", [
-    lambda raw: raw[:len(raw) // 2], lambda raw: b"", lambda raw: raw[:2000] + bytes([raw[2000] ^ 1]) + raw[2001:]])
+    lambda raw: raw[:len(raw) // 2], lambda raw: b"", lambda raw: raw[:-20000] + b"flip" + raw[-19996:]])
 def test_a_damaged_checkpoint_is_recognised_and_never_takes_the_place_of_a_whole_one(damage, capsys):
     cut(command(RUN, "cut"), User, "learn", 14)
     files = [CUT / "previous.pt", CUT / "checkpoint.pt"]
@@ -132,8 +121,7 @@ def test_at_every_moment_of_saving_a_whole_checkpoint_is_there_the_old_one_or_th
     saving.save({"round": 1})
     monkeypatch.setattr(os, "replace", watched)
     saving.save({"round": 2})
-    assert {*there} == {1}
-    assert state("cut")["round"] == 2
+    assert ({*there}, state("cut")["round"]) == ({1}, 2)
     assert {path.name for path in CUT.iterdir()} == {"config.json", "lock", "checkpoint.pt", "previous.pt"}
 
 
@@ -182,24 +170,18 @@ def test_what_cant_be_continued_is_one_line(capsys):
     assert train.main(command(out="cut", lora=True)) == 0
     assert "has ended; --overwrite starts anew" in refusal(capsys, RESUME)
     Path("cut/result.json").unlink()
-    with open("text/anna.txt", "a") as file:
-        file.write("more text")
+    Path("text/anna.txt").write_text("another text " * 300)
     assert "--data: is no longer what the run" in refusal(capsys, RESUME)
     torch.save(torch.load("base.pt", weights_only=True) | {"more": 1}, "base.pt")
     assert "--init-from: is no longer what the run" in refusal(capsys, RESUME)
 
 
 @pytest.mark.parametrize(("file", "content"), [
-    ("metrics.jsonl", "{\n"), ("metrics.jsonl", None), ("config.json", "["), ("config.json", "[]"),
-    ("config.json", '{"format": 1}'), ("checkpoint.pt", {"format": 1}), ("checkpoint.pt", [2])])
+    ("metrics.jsonl", "{\n"), ("config.json", "["), ("config.json", "[]"), ("config.json", '{"format": 1}'),
+    ("checkpoint.pt", {"format": 1}), ("checkpoint.pt", [2])])
 def test_a_folder_that_is_damaged_or_of_another_format_is_one_line(file, content, capsys):
     cut(command(RUN, "cut"), User, "learn", 1)
-    path = CUT / file
-    path.unlink()
-    if isinstance(content, str):
-        path.write_text(content)
-    elif content:
-        torch.save(content, path)
+    (CUT / file).write_text(content) if isinstance(content, str) else torch.save(content, CUT / file)
     assert re.search(f"in cut: {file} is .*; .*--overwrite", refusal(capsys, RESUME))
 
 

@@ -36,6 +36,7 @@ def test_at_the_start_every_kind_of_model_is_the_base_to_rounding(experts):
             parameter.add_(torch.randn_like(parameter) * 0.05)
     torch.save(oracle.state_dict(), "pytorch_model.bin")  # with a prefix, and with the head
     model, idx = GPT.from_pretrained("pytorch_model.bin", block_size=32, **experts), torch.randint(997, (2, 32))
+    assert len({parameter.data_ptr() for parameter in model.parameters()}) == len([*model.parameters()])
     with torch.no_grad():
         torch.testing.assert_close(model.double()(idx)[0], oracle.double()(idx).logits, rtol=0, atol=1e-10)
 
@@ -83,7 +84,6 @@ def wrong_files():
     yield "text.safetensors", b"import os", "can't be read|needs a library"
     yield "trap.bin", pickle.dumps({"wte.weight": Trap()}, 2), "can't be read"
     yield "trap.pt", {"wte.weight": Trap()}, "can't be read"
-    yield "number.pt", {"wte.weight": 1, "wpe.weight": 2}, "holds no GPT-2"
     yield "other.pt", {"layer.weight": torch.ones(2, 2)}, "holds no GPT-2"
     yield "part.pt", {name: t for name, t in tensors.items() if name != "h.1.ln_2.bias"}, "h.1.ln_2.bias"
     yield "more.pt", tensors | {"h.0.crossattention.weight": torch.ones(2)}, "h.0.crossattention.weight"
@@ -96,9 +96,8 @@ def wrong_files():
         yield f"config{i}.pt", ours | {"config": config | wrong}, "config is no|can't be"
     yield "tokenizer.pt", ours | {"tokenizer": 5}, "config is no"
     yield "tiny.pt", tensors, "8 channels can't be heads of 64"
-    whole = Path("tiny.pt").read_bytes()
-    for share in (0.2, 0.9, 0.999):
-        yield f"cut{share}.pt", whole[:int(share * len(whole))], "can't be read"
+    for size in (1000, -2000, -10):
+        yield f"cut{size}.pt", Path("tiny.pt").read_bytes()[:size], "can't be read"
 
 
 def test_files_that_are_no_gpt2_are_refused_in_one_line_and_no_code_in_them_runs():
@@ -129,8 +128,6 @@ def test_names_are_downloaded_once_into_files_of_their_own(monkeypatch):
         pretrained.load("gpt2-medium")
 
 
-# --- a base of our own -----------------------------------------------------------------------------------------------
-
 @pytest.fixture
 def pretraining(monkeypatch):
     """Makes a base from made-up documents, of which every other one is like the users'. Gives the exit status."""
@@ -146,14 +143,14 @@ def test_the_whole_path_offline(pretraining, corpus, capsys):
     assert pretraining() == 0
     assert 2 < float(re.fullmatch("base/base.pt: (.*) bits per byte .*\n", capsys.readouterr().out)[1]) < 5
     result, saved = run("--init-from base/base.pt --lora-rank 2 --lr 1e-2", lora=True), state()
-    attention, expert, V, T, L, C = 6 * 16 * 2, 10 * 16 * 2, 257, 8, 2, 16
+    V, T, L, C, attention, expert = 257, 8, 2, 16, 6 * 16 * 2, 10 * 16 * 2
+    backbone = (V + T) * C + 2 * C + L * (12 * C * C + 13 * C)
     for user, own, specialists in zip(result["users"], saved["users"], (0, 1, 3), strict=True):
         assert user["parameters"] == {
-            "backbone": (V + T) * C + 2 * C + L * (12 * C * C + 13 * C), "generalist": L * (attention + expert),
-            "specialist": specialists * L * expert, "router": L * C * (1 + specialists)}
+            "backbone": backbone, "generalist": L * (attention + expert), "specialist": specialists * L * expert,
+            "router": L * C * (1 + specialists)}
         assert user["test_ppl"] < user["test_ppl_start"] < 200
-        assert sum(map(torch.numel, own["parameters"].values())) == (
-            sum(user["parameters"].values()) - user["parameters"]["backbone"])
+        assert sum(map(torch.numel, own["parameters"].values())) == sum(user["parameters"].values()) - backbone
     assert result["bytes_up"] == 3 * 3 * 4 * L * (attention + expert)
     sha256 = hashlib.sha256(Path("base/base.pt").read_bytes()).hexdigest()
     assert saved["base"] == {"name": "base/base.pt", "sha256": sha256, "tokenizer": "bytes"}

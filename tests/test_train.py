@@ -62,14 +62,9 @@ def state(out: str = "run") -> dict:
     return torch.load(Path(out, "checkpoint.pt"), weights_only=True)
 
 
-def same(one, two) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, two)
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(two) and all(map(same, one, two))
-    return one == two
+def same(one: object, two: object) -> bool:
+    """Bit for bit."""
+    return json.dumps(one, default=torch.Tensor.tolist) == json.dumps(two, default=torch.Tensor.tolist)
 
 
 def test_a_run_writes_what_it_promises(capsys):
@@ -93,14 +88,13 @@ def test_a_run_writes_what_it_promises(capsys):
     assert [(line["bytes_up"], line["bytes_down"]) for line in lines[::3]] == [
         (0, 0), (2 * sent, 2 * sent), (3 * sent, 4 * sent)]
     printed = capsys.readouterr().out
-    assert all(name in printed for name in (*NAMES, "mean", "is in run"))
-    assert re.search(r"\d → \d", printed)
+    assert all(re.search(part, printed) for part in (*NAMES, r"\d → \d", "mean", "is in run"))
 
 
 def test_users_start_with_weights_and_batches_of_their_own_which_are_the_seeds_and_stay_where_there_are_more():
     def starts(flags: str, out: str) -> list[list[torch.Tensor]]:
         users = begun(f"--specialists 1 {flags}", out=out).users  # of one size, so that shapes are the same
-        return [[*user.model.having(SPECIALIST, ROUTER).values(), *(next(level.batches)[0] for level in user.levels)]
+        return [[*user.model.having(SPECIALIST, ROUTER).values(), *(level.batches.state()[0] for level in user.levels)]
                 for user in users]
 
     one, other = starts("--seed 0", "one"), starts("--seed 1", "other")
@@ -130,8 +124,7 @@ def test_every_method_runs_with_the_parameters_and_the_batches_of_the_others(met
         for user in result["users"]:
             assert sum(user["parameters"].values()) == plain + experts + row.routed * 2 * C
             assert (user["parameters"]["router"] > 0) == taught
-            assert math.isfinite(user["test_ppl"])
-            assert user["test_ppl"] != user["test_ppl_start"]
+            assert user["test_ppl_start"] != user["test_ppl"] < math.inf
         assert result["tokens_seen"] == 3 * (4 + 2 * taught) * 2 * 8
         assert (result["bytes_up"] == 0) == (method in ("local", "centralized", "comigs-2s"))
 
@@ -148,20 +141,19 @@ def test_each_level_gets_its_own_text_rate_and_schedule(flags, lower, upper, ste
         assert not torch.equal(next(user.lower.batches)[0], next(user.upper.batches)[0])
         for level, rate, decay, end in ((user.lower, 0.5, 0.125, 0.1), (user.upper, 0.25, 0.0, 1.0)):
             factor = level.schedule.lr_lambdas[0]
-            assert level.schedule.base_lrs == [rate]
-            assert level.optimizer.param_groups[0]["weight_decay"] == decay
+            assert (level.schedule.base_lrs, level.optimizer.param_groups[0]["weight_decay"]) == ([rate], decay)
             assert factor(steps) == pytest.approx(end)
             assert factor(steps - 1) > 1.1 * end or level is user.upper
         assert torch.equal(next(user.judge())[0], next(data.spread_windows(text.valid, 32, 8))[0])
-        assert user.weight == (len(text.train) if "tokens" in flags else 1)
-        assert user.model.config.top_k == (3 if "top-k" in flags else 2)
+        assert (user.weight, user.model.config.top_k) == (
+            len(text.train) if "tokens" in flags else 1, 3 if "top-k" in flags else 2)
 
 
-@pytest.mark.parametrize("method", ["comigs", "fdlora"])
-def test_reported_numbers_are_those_of_the_models_in_the_checkpoint_on_all_of_the_test_text(method):
+@pytest.mark.parametrize(("flags", "lora"), [
+    ("--specialists 1", False), ("--specialists 1 --method fdlora", False), ("--specialists 1 --expert mlp", True)])
+def test_reported_numbers_are_those_of_the_models_in_the_checkpoint_on_all_of_the_test_text(flags, lora):
     """Recomputed: at the start from the same seed, at the end from the checkpoint, window by window."""
-    flags = f"--method {method} --specialists 1"
-    result, saved, fresh = run(flags), state(), begun(flags, out="again")
+    result, saved, fresh = run(flags, lora=lora), state(), begun(flags, "again", lora)
     fresh.hand_out()
 
     def perplexity(model: GPT, gates: torch.Tensor | None, tokens: np.ndarray) -> float:
@@ -176,7 +168,8 @@ def test_reported_numbers_are_those_of_the_models_in_the_checkpoint_on_all_of_th
         user.model.load_state_dict(own["parameters"])  # all of them, and no others
         assert told["test_ppl"] == pytest.approx(perplexity(user.model, own["gates"], text.test), rel=1e-4)
         assert told["trigram_ppl"] == math.exp(trigram_loss(text.train, text.test, 257))
-        assert (own["gates"] is None) == (method != "fdlora")
+        assert own["gates"] is None or told["generalist_share"] == pytest.approx(own["gates"][:, 0].tolist())
+        assert (own["gates"] is None) == ("fdlora" not in flags)
 
 
 def test_gpt2_tokens_and_a_mixed_target_run_too(monkeypatch):
@@ -194,7 +187,8 @@ def test_who_is_called_and_who_vanishes_is_drawn_anew_each_round_and_the_same_ag
     ready = begun("--participation 0.67 --drop-rate 0.5")
     rounds = [ready.called(number) for number in range(1, 200)]
     assert {tuple(user.name for user in called) for called, _ in rounds} == {NAMES[:2], NAMES[1:], NAMES[::2]}
-    assert sum(len(lost) for _, lost in rounds) / 398 == pytest.approx(0.5, abs=0.1)
+    numbers = [len(lost) for _, lost in rounds]
+    assert ({*numbers}, sum(numbers) / 398) == ({0, 1, 2}, pytest.approx(0.5, abs=0.1))
     assert rounds == [ready.called(number) for number in range(1, 200)]
 
 
@@ -208,16 +202,6 @@ def test_what_is_frozen_is_the_same_object_in_all_users_and_keeps_its_bits_throu
     assert all(other.keys() == one.keys() and all(other[name] is one[name] for name in one) for other in others)
     assert all(torch.equal(one[name], before[name]) and one[name].grad is None for name in one)
 
-
-def test_whole_blocks_can_start_from_a_base_too_and_then_learn_apart():
-    ready = begun("--expert mlp", lora=True)
-    one, two = (ready.users[2].model.having(SPECIALIST)[f"blocks.0.moe.experts.{e}.up.weight"] for e in (1, 2))
-    assert torch.equal(one, two)
-    assert not any(user["parameters"]["backbone"] for user in ready.play(tqdm(disable=True))["users"])
-    assert not torch.equal(one, two)
-
-
-# --- what is refused -------------------------------------------------------------------------------------------------
 
 def test_a_folder_that_holds_a_run_is_kept_unless_told_and_without_out_every_run_gets_a_new_one(capsys):
     run()
@@ -243,15 +227,15 @@ def test_a_run_that_diverges_ends_in_one_line(flags, capsys):
 
 
 WRONG = """
-    --users 0; --users two; --users; --users 100000000000; --users 9 --specialists 1; --user 2; more
-    --specialists 1,2; --specialists 1,,2; --specialists 1001; --generalists 0; --n-head 3; --n-layer 1000000000
-    --method nonsense; --data nowhere; --source x; --user-field who; --train-kb nan; --train-kb 1.5,2.5
-    --train-kb 1000; --block-size 4000; --lr 0.0; --lr inf; --lr fast; --weight-decay -0.1; --rounds 1e3
-    --participation 1.1; --drop-rate 1.0; --device nonsense; --device cuda:99; --out x/y; --resume; --tensorboard
-    --method hetlora; --method pcl; --method fdlora; --method pcl --specialists 1 --clip-update 1
-    --dp-noise 1.0; --dp-noise 1.0 --clip-update 1 --average tokens; --expert lora; --init-from nowhere
-    --n-embd 16 --init-from base.pt; --init-from base.pt --n-head 4; --init-from base.pt --block-size 17
-    --tokenizer gpt2 --init-from base.pt; --method comigs --init-from base.pt --expert lora --lora-rank 1,2,4
+    --users 0; --users two; --users; --users 100000000000; --users 9 --specialists 1; --user 2; more; --generalists 0
+    --specialists 1,2; --specialists 1,,2; --specialists 1001; --n-head 3; --n-layer 1000000000; --method nonsense
+    --data nowhere; --source x; --user-field who; --train-kb nan; --train-kb 1.5,2.5; --train-kb 1000; --lr inf
+    --block-size 4000; --lr 0.0; --lr fast; --weight-decay -0.1; --rounds 1e3; --participation 1.1; --drop-rate 1.0
+    --device nonsense; --device cuda:99; --out x/y; --resume; --tensorboard; --dp-noise 1.0; --expert lora
+    --dp-noise 1.0 --clip-update 1 --average tokens; --method pcl --specialists 1 --clip-update 1; --method hetlora
+    --method pcl; --method fdlora; --init-from nowhere; --n-embd 16 --init-from base.pt; --init-from base.pt --n-head 4
+    --init-from base.pt --block-size 17; --init-from base.pt --tokenizer gpt2
+    --method comigs --init-from base.pt --expert lora --lora-rank 1,2,4
 """
 
 
@@ -273,9 +257,8 @@ def test_settings_say_nothing_about_this_machine_and_stand_in_messages_as_flags(
     assert as_flags("`train_kb` 0: not with `user_field`; it's_so") == "--train-kb 0: not with --user-field; it's_so"
 
 
-@pytest.mark.parametrize("work", [
-    lambda: torch.empty(10 ** 15), lambda: torch.empty(2 ** 62, 8), lambda: bytes(2 ** 62),
-    lambda: Path("no/file").read_text()])
+@pytest.mark.parametrize("work", [lambda: torch.empty(10 ** 15), lambda: torch.empty(2 ** 62, 8),
+                                  lambda: bytes(2 ** 62), lambda: Path("no/file").read_text()])
 def test_a_lack_of_memory_or_of_a_file_is_one_line(work, capsys):
     line = refusal(capsys, [], lambda _: status_of("train.py", work, ""))
     assert re.match("train.py: (there isn't enough memory .*; take a smaller|no/file: .*; check the disk)", line)
@@ -290,11 +273,9 @@ def test_mistakes_in_the_program_are_tracebacks(work):
 def test_help_explains_every_flag_once_under_one_of_the_headings(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
-    _, *sections = re.split(r"\n\n(?=[a-z ]+:\n)", capsys.readouterr().out)
-    headings, texts = zip(*(section.split(":\n", 1) for section in sections), strict=True)
-    assert headings[1:] == tuple(settings.GROUPS)  # the first explains --help
+    printed = capsys.readouterr().out
+    assert re.findall(r"^([a-z ]+):$", printed, re.M) == ["options", *settings.GROUPS]
     for name, flag in settings.flags(Settings).items():
         assert flag.help
-        option = rf"^  --{name.replace('_', '-')}\b"
-        assert sum(len(re.findall(option, text, re.M)) for text in texts) == 1
-    assert "(default: comigs)" in texts[1]
+        assert len(re.findall(rf"^  --{name.replace('_', '-')}\b", printed, re.M)) == 1
+    assert "(default: comigs)" in printed
