@@ -9,7 +9,6 @@ this can be stopped and started again. (If the base's file has been replaced, gi
 
 import json
 import math
-import os
 import statistics
 import sys
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from model import GENERALIST, ROUTER, SPECIALIST
 from support import plots
 from support.errors import BadInput, Diverged
 from support.files import read_json, write_json, write_text
+from support.folder import json_of
 from support.settings import Settings, check, given_in, parsed, plain, setting, status_of
 from train import Run
 
@@ -56,7 +56,7 @@ def finished(settings: Settings, bar: tqdm) -> Path:
     """The folder of a run that has ended: earlier, or because it is played or continued now."""
     folder = Path(settings.out)
     config = folder / "config.json"
-    if os.path.exists(config) and read_json(config)["settings"] | {"overwrite": settings.overwrite} == plain(settings):
+    if config.exists() and json_of(config)["settings"] | {"overwrite": settings.overwrite} == plain(settings):
         if (folder / "result.json").exists():
             bar.update(settings.rounds * settings.users)
             return folder

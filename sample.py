@@ -7,7 +7,6 @@
 A run that hasn't ended shows its newest checkpoint.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,7 +79,7 @@ def show_page(run: Path, state: dict, users: list[Learned], path: Path) -> None:
         raise BadInput(f"`html` {path}: is a folder; give a file")
     try:
         page.of_run(run, path, settings.title, texts, users, tokenizer)
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise BadInput(f"`html` {path}: {error}; give another file, or check the run") from None
     print(path)
 

@@ -29,7 +29,7 @@ from support.errors import BadInput
 from support.files import read_json, write, write_json, write_text
 from support.guard import Guard
 from support.pretrained import Base
-from support.settings import Settings, given_in, plain, refuse, refuse_rest
+from support.settings import NO_MEMORY, Settings, given_in, plain, refuse, refuse_rest
 
 try:
     import fcntl
@@ -64,7 +64,7 @@ class Folder:
         Raises BadInput.
         """
         name = f"{settings.method}-{Path(settings.data).resolve().name}-{settings.users}users-seed{settings.seed}"
-        self.path, self.config = Path(settings.out or free_name(f"out/{name}")), config
+        self.path, self.config, self.lines = Path(settings.out or free_name(f"out/{name}")), config, []
         old = [path for path in (self.path / file for file in FILES) if path.exists()]
         if old and not settings.overwrite and not settings.resume:
             raise BadInput(f"`out` {self.path}: holds a run; take another folder, or `overwrite` to start anew in "
@@ -85,14 +85,14 @@ class Folder:
 
     def log(self, lines: list[dict]) -> None:
         """Add to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        self.lines += lines
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def save(self, state: dict) -> None:
         """Write a checkpoint; the last one becomes the previous one."""
         def to_disk(path: Path) -> None:
             with open(path, "wb") as file:
-                torch.save({"format": FORMAT, **state}, file)
+                torch.save({"format": FORMAT, "lines": self.lines, **state}, file)
                 os.fsync(file.fileno())
             if (self.path / "checkpoint.pt").exists():
                 os.replace(self.path / "checkpoint.pt", self.path / "previous.pt")
@@ -108,18 +108,9 @@ class Folder:
                 raise BadInput(f"`{what}`: is no longer what the run in {self.path} began with; restore it, or "
                                "start anew with `overwrite`")
         state = newest(self.path, self.config["settings"]["device"], clean=True)
-        self.forget_after(state["round"] if state else -1)
+        self.lines = state["lines"] if state else []
+        self.log([])  # without what came after the checkpoint
         return state
-
-    def forget_after(self, number: int) -> None:
-        """Take from metrics.jsonl what came after a round, or is only half there. Raises BadInput."""
-        path = self.path / "metrics.jsonl"
-        try:
-            lines = path.read_text().splitlines(keepends=True) if number >= 0 else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["round"] <= number]
-        except (OSError, json.JSONDecodeError) as error:
-            raise damaged(path, error) from None
-        write_text(path, "".join(kept))
 
 
 def free_name(name: str) -> str:
@@ -138,7 +129,7 @@ def json_of(path: Path) -> dict:
     """A config.json. Raises BadInput."""
     try:
         content = read_json(path)
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise damaged(path, error) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise damaged(path, ValueError(f"not format {FORMAT}"))
@@ -156,12 +147,12 @@ def settings_of(arguments: list[str] | None) -> Settings:
     if not (Path(given["out"]) / "config.json").exists():
         raise BadInput(f"`resume`: `out` {given['out']} holds no run to continue; give another, or leave `resume` out")
     saved = json_of(Path(given["out"]) / "config.json")["settings"]
-    settings = Settings(**saved | {"overwrite": False} | given)
-    for name in given.keys() - {"resume", "out"}:
-        if plain(settings)[name] != saved[name]:
-            refuse(name, given[name], f"the run in {given['out']} has {saved[name]}",
+    for name, value in sorted(given.items(), key=lambda item: isinstance(item[1], tuple)):  # one for each user: last
+        wanted = plain(Settings(**saved | {name: value}))[name] if isinstance(value, tuple) else value
+        if name not in ("resume", "out", "overwrite") and wanted != saved[name]:
+            refuse(name, value, f"the run in {given['out']} has {saved[name]}",
                    "leave it out, or start anew with `overwrite`")
-    return settings
+    return Settings(**saved | {"overwrite": False} | given)
 
 
 @contextmanager
@@ -234,7 +225,9 @@ def newest(folder: Path, device: str = "cpu", clean: bool = False) -> dict | Non
             with zipfile.ZipFile(path) as archive:
                 whole = archive.testzip() is None
             state = torch.load(path, map_location=device, weights_only=True) if whole else None
-        except Exception:  # a damaged file can fail in any way
+        except Exception as error:  # a damaged file can fail in any way
+            if isinstance(error, MemoryError | OSError) or NO_MEMORY.search(str(error)):
+                raise
             state = None
         if state is None:
             print(f"{path} is damaged; trying the one before it", file=sys.stderr)

@@ -48,9 +48,8 @@ def of_run(folder: Path, path: Path, title: str, texts: list[Text], users: list[
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl; one that is only half written, of a run that is still going, is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of metrics.jsonl. Raises OSError, ValueError."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def view(name: str, tokens: np.ndarray, user: Learned, tokenizer: tiktoken.Encoding, shown: int) -> dict:

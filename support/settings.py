@@ -71,8 +71,8 @@ def flags(kind: type) -> dict[str, Flag]:
 
 def refuse(name: str, value, why: str, remedy: str):
     """Raises BadInput."""
-    shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-    raise BadInput(f"`{name}` {shown}: {why}; {remedy}")
+    shown = "" if value is True else ",".join(map(str, value)) if isinstance(value, tuple | list) else value
+    raise BadInput(f"{f'`{name}` {shown}'.rstrip()}: {why}; {remedy}")
 
 
 def check(settings) -> None:
@@ -180,7 +180,7 @@ class Settings(Training):
                "leave it out") for name in ("user_field", "text_field")),
             (self.dp_noise and not self.clip_update, "dp_noise", "needs a bound", "give `clip_update`"),
             (self.dp_noise and self.average != "uniform", "dp_noise", "is for equal weights", "take `average` uniform"),
-            (self.resume and self.overwrite, "resume", "not together with `overwrite`", "take one of them"),
+            (self.resume and self.overwrite, "overwrite", "not together with `resume`", "take one of them"),
         ):
             if wrong:
                 refuse(name, getattr(self, name), why, remedy)
