@@ -13,7 +13,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,40 +24,20 @@ from data import Text
 from federated import User, federated_round
 from methods import METHODS
 from model import BACKBONE, GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig
-from support import folder, page, plots, pretrained, processes
-from support.errors import BadInput, Diverged
+from support import folder, page, plots, processes
+from support.errors import Diverged
 from support.files import write_json
 from support.folder import Folder, stopped_gently
 from support.guard import Guard
 from support.pretrained import Base
-from support.settings import SCRATCH, Settings, Training, check_device, plain, status_of
+from support.settings import Settings, check_device, plain, status_of
+from support.start import starting_point
 from support.trigram import trigram_loss
 
 DIVERGED = 100.0  # nats; guessing at random costs less than 11, with GPT-2's vocabulary
 
 
 # --- build: from settings to a server and users ----------------------------------------------------------------------
-
-def blank(settings: Training, tokenizer: str) -> Base:
-    """Where a model from scratch starts: a shape without tensors. Raises BadInput."""
-    shape = {name: getattr(settings, name) or default for name, default in SCRATCH.items()}
-    if shape["n_embd"] % shape["n_head"]:
-        raise BadInput(f"`n_embd` {shape['n_embd']}: not divisible by `n_head` {shape['n_head']}; change one of them")
-    config = {"vocab_size": data.tokenizer(tokenizer).n_vocab, "block_size": settings.block_size, **shape}
-    return Base("scratch", "", {}, config, tokenizer)
-
-
-def starting_point(settings: Settings) -> Base:
-    """Where the models start: a pretrained GPT, or from scratch. Raises BadInput."""
-    if settings.init_from == "scratch":
-        return blank(settings, settings.tokenizer or "bytes")
-    start = pretrained.load(settings.init_from, settings.block_size, settings.n_head)
-    name = settings.tokenizer or start.tokenizer or "gpt2"
-    if name != (start.tokenizer or name) or data.tokenizer(name).n_vocab > start.config["vocab_size"]:
-        raise BadInput(f"`tokenizer` {name}: not the one that `init_from` {settings.init_from} was trained with; take "
-                       "the other")
-    return replace(start, tokenizer=name)
-
 
 def build_model(settings: Settings, start: Base, specialists: int, rank: int, owner: str) -> GPT:
     """The model of one owner, with initial weights of its own where the start gives none."""

@@ -21,8 +21,9 @@ from support import pretrained
 from support.errors import BadInput
 from support.files import write
 from support.settings import Training, check_device, parsed, setting, status_of
+from support.start import blank
 from support.trigram import trigram_loss
-from train import DIVERGED, blank
+from train import DIVERGED
 
 
 @dataclass

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import compare
-from compare import summarize, table
 from lab import experiments
 from support import plots
 from support.settings import parsed
+from support.tables import curves, summarize, table
 from test_train import TINY, refusal
 
 SHORT = f"{' '.join(TINY)} --rounds 1 --specialists 1 --data text"
@@ -81,7 +81,7 @@ def test_a_row_worked_by_hand(tmp_path):
     assert ("trigram" in table({"ours": row}), "trigram" in both, "no training" in both) == (True, False, True)
     assert table({"ours": row}).splitlines()[2].startswith(
         "| ours | 0.2 | 3.00 ± 1.41 | 7.00 ± 1.41 | 5.00 ± 1.41 | 7.00 ± 1.41 | 25% | 21 | 15 |")
-    assert compare.curves({"ours": row}).splitlines()[2] == "| ours | 4.000 | 1.500 |"
+    assert curves({"ours": row}).splitlines()[2] == "| ours | 4.000 | 1.500 |"
 
 
 def test_a_plot_is_a_picture(compared):
