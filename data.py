@@ -148,7 +148,7 @@ def tokenizer(name: str) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # a failed download: the errors of `requests` are OSErrors
-        raise BadInput(f"`tokenizer` {name}: its table can't be had ({type(error).__name__}); connect to the "
+        raise BadInput(f"`tokenizer` {name}: its table can't be loaded ({type(error).__name__}); connect to the "
                        "network once, set TIKTOKEN_CACHE_DIR to a folder that holds it, or take bytes") from None
 
 

@@ -26,7 +26,7 @@ def size_of(message: Message) -> int:
 class User:
     """A device: its model, its two levels (which hold its text), and a count of the bytes that left and reached it.
 
-    weight: in the server's average. judge: gives a few batches of the user's validation text, for methods that need a
+    weight: in the server's average. judge: gives some of the user's validation text, for methods that need a
     device's opinion of a model. gates (L, E): what the model is used with instead of its routers' gates, if a method
     says so.
     """
@@ -85,7 +85,7 @@ def average(answers: list[Message], weights: list[float]) -> Message:
 
 
 class Server:
-    """Holds θ^G."""
+    """Holds θ^G. (In a run, support/guard.py stands at its door and refuses answers that can't be averaged.)"""
 
     def __init__(self, generalists: Message):
         self.generalists = {name: tensor.detach().clone() for name, tensor in generalists.items()}

@@ -97,11 +97,11 @@ class Trusting(User):
     def adopt(self, message: Message) -> None:
         count = len(next(iter(message.values())))
         candidates = [{name: tensor[j] for name, tensor in message.items()} for j in range(count)]
-        perplexities = []
+        losses = []
         for candidate in candidates:
             super().adopt(candidate)
-            perplexities.append(evaluate(self.model, self.judge())[0])
-        trust = (-torch.tensor(perplexities).exp()).softmax(0)  # (users,)
+            losses.append(evaluate(self.model, self.judge())[0])
+        trust = (-torch.tensor(losses).exp()).softmax(0)  # (users,); a perplexity is exp of a loss
         super().adopt(average(candidates, trust.tolist()))
 
 
@@ -244,7 +244,7 @@ class Method:
         lora, both = settings.expert == "lora", settings.generalists and min(settings.specialists)
         sizes, ranks = len(set(settings.specialists)), len(set(settings.lora_rank))
         for wrong, message in (
-            (self.needs == "lora" and not lora, "is about low-rank changes; give `expert` lora, and a base"),
+            (self.needs == "lora" and not lora, "needs low-rank changes; give `expert` lora, and a base"),
             (self.needs == "both" and not both, "needs both kinds of experts; give each user at least 1 of each"),
             (self.sizes == "nothing" and sizes > 1, "needs users of one size; give one number of `specialists`"),
             (self.sizes != "ranks" and lora and ranks > 1, "averages the users' changes; give one `lora_rank` for all"),

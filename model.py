@@ -58,10 +58,14 @@ class GPTConfig:
         return self.generalists + self.specialists
 
     @property
+    def kinds(self) -> list[str]:
+        """The kind of each of a layer's experts, in order."""
+        return [GENERALIST] * self.generalists + [SPECIALIST] * self.specialists
+
+    @property
     def expert_roles(self) -> list[str]:
-        """The role of each of a layer's experts, in order."""
-        natural = [GENERALIST] * self.generalists + [SPECIALIST] * self.specialists
-        return [self.roles.get(role, role) for role in natural]
+        """The role that each of them has with this method."""
+        return [self.roles.get(kind, kind) for kind in self.kinds]
 
     @property
     def trunk_role(self) -> str:
@@ -211,7 +215,7 @@ class MLPExperts(nn.ModuleList):
     """E separate feed-forward blocks and their mixture y = Σ_{e chosen} gate_e · expert_e(x): (N, C) -> (N, C)."""
 
     def __init__(self, config: GPTConfig):
-        super().__init__(Expert(config, role) for role in config.expert_roles)
+        super().__init__(Expert(config, kind) for kind in config.kinds)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         if routing.chosen.shape[1] == len(self):  # everyone works for every token: nothing to dispatch
@@ -244,7 +248,7 @@ class LoRAExperts(nn.Module):
         super().__init__()
         self.fast = config.fast
         self.block = Expert(config, BACKBONE)
-        self.changes = nn.ModuleList(LoRAExpert(config, role) for role in config.expert_roles)
+        self.changes = nn.ModuleList(LoRAExpert(config, kind) for kind in config.kinds)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         E = len(self.changes)

@@ -30,7 +30,7 @@ class Sampling:
     run: str | None = setting(None, "folder of the run")
     user: str | None = setting(None, "whose model; all: everyone's, one after the other (default: the first user's)")
     prompt: str | None = setting(None, "how the text begins (default: the start of a document)")
-    tokens: int = setting(300, "tokens to make", int, low=1)
+    tokens: int = setting(300, "tokens to generate", int, low=1)
     temperature: float = setting(0.8, "0 takes the likeliest token, 1 samples as the model says", float, low=0)
     top_k: int = setting(40, "sample from this many of the likeliest tokens", int, low=1)
     seed: int = setting(0, "the seed of the sampling", int, low=0, high=2 ** 63)
@@ -49,7 +49,8 @@ def load(run: Path) -> tuple[dict, list[Learned]]:
         raise BadInput(f"`run` {run}: holds no checkpoint.pt; give the folder of a run")
     known, users, start = state["base"], [], None
     if known["name"] != "scratch":
-        start = pretrained.load(known["name"], state["users"][0]["config"]["block_size"])
+        config = state["users"][0]["config"]
+        start = pretrained.load(known["name"], config["block_size"], config["n_head"])
         if start.sha256 != known["sha256"]:
             raise BadInput(f"`run` {run}: {known['name']} is no longer the file that it started from; restore it")
     for saved in state["users"]:
@@ -74,6 +75,8 @@ def show_page(run: Path, state: dict, users: list[Learned], path: Path) -> None:
     settings = Settings(**state["settings"] | {"resume": False, "overwrite": False})
     tokenizer = data.tokenizer(state["base"]["tokenizer"])
     texts = data.load(settings, tokenizer)
+    if folder.described(texts) != folder.json_of(run / "config.json")["texts"]:
+        raise BadInput(f"`run` {run}: its text, {settings.data}, has changed; restore it")
     users = users * (len(texts) // len(users))  # one for all, where text was pooled
     if path.is_dir():
         raise BadInput(f"`html` {path}: is a folder; give a file")

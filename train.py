@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from bilevel import Rhythm, constant, cosine, evaluate
+from bilevel import Rhythm, cosine, evaluate
 from data import Text
 from federated import User, federated_round
 from methods import METHODS
@@ -75,8 +75,8 @@ def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> 
     lower = method.level(model.having(GENERALIST, SPECIALIST), batches(seen, "train"), settings.lr,
                          settings.weight_decay, cosine(steps, min(settings.warmup, steps // 5)))
     router = model.having(ROUTER)
-    upper = method.router_level(router, batches((method.router_text,), "valid"), settings.router_lr or settings.lr,
-                                0.0, constant) if router else None
+    upper = method.router_level(router, batches((method.router_text,), "valid"), settings.router_lr or settings.lr
+                                ) if router else None
     weight = sum(len(text.train) for text in texts) if settings.average == "tokens" else 1
     return method.user(name, model, lower, upper, weight, judge)
 
@@ -92,8 +92,9 @@ def build(settings: Settings, start: Base, texts: list[Text]) -> tuple[Guard, li
     if method.pooled:
         return server, [build_user(settings, "everyone", build_model(settings, start, *largest, "everyone"), texts)]
     users = []
-    for text, *size in processes.own(list(zip(texts, settings.specialists, settings.lora_rank, strict=True))):
-        model = build_model(settings, start, *size, text.name)
+    for text, specialists, rank in processes.own(
+            list(zip(texts, settings.specialists, settings.lora_rank, strict=True))):
+        model = build_model(settings, start, specialists, rank, text.name)
         frozen = {name: p for name, p in common.having(BACKBONE).items() if name in model.having(BACKBONE)}
         model.load_state_dict(frozen, strict=False, assign=True)  # the same for all, if it isn't pretrained either
         users.append(build_user(settings, text.name, model, [text]))
@@ -106,7 +107,7 @@ class Run:
     """A run that is ready to be played, from its beginning or from a checkpoint. Raises BadInput."""
 
     def __init__(self, settings: Settings):
-        self.settings, self.start = settings, time.perf_counter()
+        self.settings, self.began = settings, time.perf_counter()
         check_device(settings.device)
         for name, package in (("plot", "matplotlib"), ("tensorboard", "tensorboard")):
             if getattr(settings, name):
@@ -124,7 +125,7 @@ class Run:
             folder.restore(state["server"], processes.own(state["users"]), self.server, self.users)
             self.server.refused = self.server.refused if self.first else []  # the first process has everyone's
             self.done, self.before = state["round"], processes.own(state["test_start"])
-            self.start -= state["seconds"]
+            self.began -= state["seconds"]
         self.board = plots.board(self.folder.path) if settings.tensorboard and self.first else None
 
     def play(self, bar: tqdm, stop: Callable[[], bool] = lambda: False) -> dict:
@@ -134,6 +135,7 @@ class Run:
         rhythm = Rhythm(settings.local_steps, settings.router_every, settings.router_steps)
         bar.update(self.done * settings.users)
         if self.before is None:
+            bar.set_description("measuring the untrained models")
             self.hand_out()
             self.before = self.measure("test")
             self.log(0, {})
@@ -141,10 +143,10 @@ class Run:
             called, lost = self.called(number)
             refused = len(self.server.refused)
             losses = federated_round(self.server, self.shown(called, number, bar), rhythm, lost)
-            for name, reason in self.server.refused[refused:]:
-                bar.write(f"round {number}: the answer of user {name} was refused: {reason}", file=sys.stderr)
             for user, loss in losses.items():
                 self.check(user, loss)
+            for name, reason in self.server.refused[refused:]:
+                bar.write(f"round {number}: the answer of user {name} was refused: {reason}", file=sys.stderr)
             bar.update(settings.users - len(called))  # who weren't called
             last = number == settings.rounds
             evaluated = last or number % settings.eval_every == 0
@@ -222,20 +224,20 @@ class Run:
         if self.first:
             self.folder.save({
                 "settings": plain(self.settings), "base": folder.reference(self.base), "round": number,
-                "test_start": before, "seconds": time.perf_counter() - self.start,
+                "test_start": before, "seconds": time.perf_counter() - self.began,
                 "server": self.server.state() | {"refused": refused}, "users": users})
 
     def summarize(self, valid: list, after: list) -> dict:
         """What result.json holds."""
         rows = []
-        for (user, text), (start, _), (valid_loss, _), (loss, share) in zip(
+        for (user, text), (before, _), (valid_loss, _), (loss, share) in zip(
                 self.tested, self.before, valid, after, strict=True):
             config = user.model.config
             rows.append({
                 "name": text.name, "generalists": config.generalists, "specialists": config.specialists,
                 "train_bytes": text.train_bytes, "train_tokens": len(text.train),
                 "parameters": {role: sum(p.numel() for p in user.model.having(role).values()) for role in ROLES},
-                "valid_ppl": math.exp(valid_loss), "test_ppl_start": math.exp(start), "test_ppl": math.exp(loss),
+                "valid_ppl": math.exp(valid_loss), "test_ppl_start": math.exp(before), "test_ppl": math.exp(loss),
                 "test_bpb": loss * (len(text.test) - 1) / math.log(2) / text.test_bytes,
                 "trigram_ppl": math.exp(trigram_loss(text.train, text.test, config.vocab_size)),
                 "generalist_share": share})
@@ -245,7 +247,7 @@ class Run:
             "bytes_up": user.bytes_up, "bytes_down": user.bytes_down} for user in self.users])
         return {
             "method": self.settings.method, "seed": self.settings.seed,
-            "seconds": round(time.perf_counter() - self.start, 1), "rounds": self.settings.rounds,
+            "seconds": round(time.perf_counter() - self.began, 1), "rounds": self.settings.rounds,
             **{name: sum(user[name] for user in counts) for name in counts[0]},
             "refused": sum(processes.gathered([len(self.server.refused)])),
             **{f"mean_{name}": sum(row[name] for row in rows) / len(rows)
@@ -278,7 +280,7 @@ def train(settings: Settings) -> None:
     run = Run(settings)
     total = settings.rounds * settings.users
     with (tqdm(total=total, unit="user", dynamic_ncols=True, disable=not run.first) as bar,
-          stopped_gently(settings.out or (run.first and run.folder.path)) as stop):
+          stopped_gently(run.folder.path if run.first else settings.out) as stop):
         result = run.play(bar, stop)
     if not run.first:
         return

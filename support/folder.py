@@ -4,10 +4,12 @@ A checkpoint is written under another name, brought to the disk and then renamed
 the next. torch.save writes a zip archive with a checksum for each part, so a damaged one is recognised.
 """
 
+import hashlib
 import itertools
 import json
 import os
 import platform
+import shutil
 import signal
 import sys
 import zipfile
@@ -22,7 +24,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from data import Text
+from data import SPLITS, Text
 from federated import User
 from model import GPT
 from support.errors import BadInput
@@ -46,13 +48,19 @@ def config_of(settings: Settings, start: Base, texts: list[Text]) -> dict:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
                 "tiktoken": tiktoken.__version__}
     return {"format": FORMAT, "settings": plain(settings) | {"resume": False}, "base": reference(start),
-            "texts": [[text.name, len(text.train), len(text.valid), len(text.test)] for text in texts],
+            "texts": described(texts),
             "versions": versions, "threads": torch.get_num_threads()}
 
 
 def reference(start: Base) -> dict:
     """What a run keeps of its base: which one it was."""
     return {"name": start.name, "sha256": start.sha256, "tokenizer": start.tokenizer}
+
+
+def described(texts: list[Text]) -> list[list]:
+    """What a run keeps of its text: names, and a digest of each user's splits."""
+    return [[text.name, hashlib.sha256(b"".join(
+        getattr(text, split).tobytes() + b"|" for split in SPLITS)).hexdigest()] for text in texts]
 
 
 class Folder:
@@ -77,6 +85,7 @@ class Folder:
             if not settings.resume:
                 for path in old:
                     path.unlink()
+                shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
                 write_json(self.path / "config.json", config)
         except BlockingIOError:
             raise BadInput(f"`out` {self.path}: another process works in it; wait, or take another folder") from None

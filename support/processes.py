@@ -59,13 +59,15 @@ class Together(Server):
 
     def take(self, answers: dict[User, Message]) -> int:
         """θ^G ← Σ w_i θ_i^G / Σ w_i, each tensor over the users of all processes who have it."""
+        if not self.generalists:
+            return len(answers)
         sums = {name: torch.zeros_like(tensor) for name, tensor in self.generalists.items()}
         weights = dict.fromkeys(sums, 0.0)
         for user, answer in answers.items():
             for name, tensor in answer.items():
                 sums[name] += user.weight * tensor
                 weights[name] += user.weight
-        last = torch.tensor([*weights.values(), len(answers)]).to(next(iter(sums.values()), torch.empty(0)))
+        last = torch.tensor([*weights.values(), len(answers)]).to(next(iter(sums.values())))
         flat = torch.cat([*(tensor.flatten() for tensor in sums.values()), last])
         dist.all_reduce(flat)
         *parts, totals, n = flat.split([*(tensor.numel() for tensor in sums.values()), len(sums), 1])

@@ -109,7 +109,7 @@ class Training:
 
 @dataclass
 class Settings(Training):
-    """Run one method, from its settings to its table. Values that are given once are repeated for each user.
+    """Run one method, from its settings to its table. A single value is repeated for every user.
 
     Raises BadInput.
     """
@@ -232,13 +232,13 @@ def given_in(arguments: list[str] | None, kind: type) -> tuple[dict, list[str]]:
             text = flag.help if shown is None else f"{flag.help} (default: {shown})"
             group.add_argument(option, metavar=values, help=text)
     given, rest = parser.parse_known_args(arguments)
-    parsed = {}
+    values = {}
     for name, text in vars(given).items():
         try:
-            parsed[name] = text if text is True else flags(kind)[name].parse(text)
+            values[name] = text if text is True else flags(kind)[name].parse(text)
         except ValueError:
             refuse(name, text, "not possible", flags(kind)[name].remedy)
-    return parsed, rest
+    return values, rest
 
 
 def parsed(arguments: list[str] | None, kind: type = Settings):
@@ -280,6 +280,8 @@ def status_of(command: str, work: Callable[[], object], if_stopped: str) -> int:
     except BadInput as error:
         print(f"{command}{process}: {as_flags(str(error))}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         reason = f"{error.filename or 'a file'}: {error.strerror or error}"
         print(f"{command}: {reason}; check the disk and its permissions", file=sys.stderr)

@@ -1,6 +1,7 @@
 """What several runs come to: a row for each method, over its seeds and users, as Markdown."""
 
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def summarize(folders: list[Path], tried: dict[float, float], rivals: list[Path]
     pairs = [(ours["test_ppl"], theirs["test_ppl"]) for run, folder in zip(runs, rivals or [], strict=bool(rivals))
              for ours, theirs in zip(run["users"], read(folder)["users"], strict=True)]
     return {
-        "rate": min(tried, key=tried.get), "valid_ppl_by_rate": tried,
+        "rate": min(tried, key=tried.get),
+        "valid_ppl_by_rate": {rate: ppl if math.isfinite(ppl) else None for rate, ppl in tried.items()},
         "users": {user["name"]: [run["users"][i]["test_ppl"] for run in runs] for i, user in enumerate(first["users"])},
         "mean": [run["mean_test_ppl"] for run in runs],
         "worst": [max(user["test_ppl"] for user in run["users"]) for run in runs],

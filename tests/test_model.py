@@ -129,6 +129,9 @@ def test_of_low_rank_models_everything_is_backbone_but_changes_and_routers():
 
 def test_a_method_can_give_a_role_or_a_factor_another_role_and_nothing_may_be_without_one():
     assert tiny(specialists=2, roles={SPECIALIST: GENERALIST}).config.expert_roles == [GENERALIST] * 3
+    swapped = tiny(roles={SPECIALIST: GENERALIST, GENERALIST: SPECIALIST})
+    first, second = (swapped.roles[f"blocks.0.moe.experts.{e}.up.weight"] for e in (0, 1))
+    assert [first, second] == swapped.config.expert_roles == [SPECIALIST, GENERALIST]
     model = tiny(expert="lora", roles={GENERALIST: SPECIALIST, "A": BACKBONE})
     assert all(model.roles[name] == (BACKBONE if name.endswith(".A") else SPECIALIST)
                for name in model.roles if ".change" in name)

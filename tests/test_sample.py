@@ -75,6 +75,8 @@ def test_bad_input_is_one_line_and_status_2(corpus, tiny_base, capsys):
         damaged.write_text("{\n")
         refused("--run run --html page.html", "--html page.html: ")
         damaged.unlink()
+    (Path(corpus) / "anna.txt").write_text("another text " * 300)
+    refused("--run run --html page.html", "has changed; restore it")
     torch.save(tiny_base | {"model": tiny_base["model"] | {"ln_f.bias": torch.ones(16)}}, "base.pt")
     refused("--run run", "base.pt is no longer the file that it started from")
     for checkpoint in Path("run").glob("*.pt"):
