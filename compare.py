@@ -19,7 +19,7 @@ from support import plots
 from support.errors import BadInput, Diverged
 from support.files import read_json, write_json, write_text
 from support.folder import json_of
-from support.settings import Settings, check, given_in, parsed, plain, setting, status_of
+from support.settings import Settings, as_flags, check, given_in, parsed, plain, setting, status_of
 from support.tables import curves, summarize, table
 from train import Run
 
@@ -65,27 +65,27 @@ def finished(settings: Settings, bar: tqdm) -> Path:
 
 def play(rows: Rows, comparison: Comparison) -> tuple[dict[str, list[Path]], dict[str, dict[float, float]]]:
     """Run all rows, each at its best rate. Returns the folders of each row's seeds, and the mean validation perplexity
-    of its first seed at each rate."""
-    def at(label: str, rate: float, seed: int) -> Settings:
-        first = rows[label]
-        return replace(first, lr=rate, seed=first.seed + seed,
-                       out=f"{comparison.out}/{label.replace(' ', '-')}-lr{rate}-seed{first.seed + seed}")
-
-    def trial(label: str, rate: float) -> float:
-        """The mean validation perplexity of the first seed at a rate; infinity where it diverges."""
+    of its first seed at each rate. A run that diverges is named and left out."""
+    def played(label: str, rate: float, seed: int, bar: tqdm) -> Path | None:
+        seed += rows[label].seed
+        out = f"{comparison.out}/{label.replace(' ', '-')}-lr{rate}-seed{seed}"
         try:
-            return read_json(finished(at(label, rate, 0), bar) / "result.json")["mean_valid_ppl"]
-        except Diverged:
-            return math.inf
+            return finished(replace(rows[label], lr=rate, seed=seed, out=out), bar)
+        except Diverged as error:
+            bar.write(f"{label}, seed {seed}: {as_flags(str(error))}", file=sys.stderr)
+            return None
 
     rates = {label: comparison.rates or (first.lr,) for label, first in rows.items()}
     total = sum((len(rates[label]) + comparison.seeds) * row.rounds * row.users for label, row in rows.items())
     folders, tried = {}, {}
     with tqdm(total=total, unit="user", dynamic_ncols=True) as bar:
         for label in rows:
-            tried[label] = {rate: trial(label, rate) for rate in rates[label]}
-            best = min(tried[label], key=tried[label].get)  # where all diverge, the next line says so
-            folders[label] = [finished(at(label, best, seed), bar) for seed in range(comparison.seeds)]
+            firsts = {rate: played(label, rate, 0, bar) for rate in rates[label]}
+            tried[label] = {rate: read_json(folder / "result.json")["mean_valid_ppl"] if folder else math.inf
+                            for rate, folder in firsts.items()}
+            best = min(tried[label], key=tried[label].get)
+            runs = [played(label, best, seed, bar) for seed in range(comparison.seeds)] if firsts[best] else []
+            folders[label] = [folder for folder in runs if folder]
     return folders, tried
 
 
@@ -96,7 +96,13 @@ def compare(rows: Rows, comparison: Comparison) -> None:
     if comparison.rates and any(row.experts_see == "both" for row in rows.values()):
         raise BadInput("`rates`: can't be judged by validation text that experts learn from; leave `experts_see` out")
     folders, tried = play(rows, comparison)
-    summaries = {label: summarize(folders[label], tried[label], folders.get("local")) for label in rows}
+    summaries = {}
+    for label, runs in folders.items():
+        few = f" ({len(runs)} of {comparison.seeds} seeds)" if len(runs) < comparison.seeds else ""
+        if runs:
+            summaries[label + few] = summarize(runs, tried[label], folders.get("local"))
+    if not summaries:
+        raise Diverged(f"`lr`, `rates` {comparison.rates}: every run diverged; take smaller ones")
     out, text = Path(comparison.out), table(summaries)
     write_text(out / "table.md", f"{text}\n\n{curves(summaries)}\n")
     write_json(out / "table.json", summaries)

@@ -28,15 +28,16 @@ def summarize(folders: list[Path], tried: dict[float, float], rivals: list[Path]
     def per_round(what: str) -> float:
         return statistics.mean(run[what] for run in runs) / first["rounds"] / users
 
-    pairs = [(ours["test_ppl"], theirs["test_ppl"]) for run, folder in zip(runs, rivals or [], strict=bool(rivals))
-             for ours, theirs in zip(run["users"], read(folder)["users"], strict=True)]
+    theirs = {run["seed"]: run["users"] for run in map(read, rivals or [])}
+    pairs = [(our["test_ppl"], their["test_ppl"]) for run in runs if run["seed"] in theirs
+             for our, their in zip(run["users"], theirs[run["seed"]], strict=True)]
     return {
         "rate": min(tried, key=tried.get),
         "valid_ppl_by_rate": {rate: ppl if math.isfinite(ppl) else None for rate, ppl in tried.items()},
         "users": {user["name"]: [run["users"][i]["test_ppl"] for run in runs] for i, user in enumerate(first["users"])},
         "mean": [run["mean_test_ppl"] for run in runs],
         "worst": [max(user["test_ppl"] for user in run["users"]) for run in runs],
-        "hurt": statistics.mean(ours > theirs for ours, theirs in pairs) if pairs else None,
+        "hurt": statistics.mean(our > their for our, their in pairs) if pairs else None,
         "trained": over_users(GENERALIST, SPECIALIST, ROUTER), "sent": over_users(GENERALIST),
         "bytes_up": per_round("bytes_up"), "bytes_down": per_round("bytes_down"),
         "trigram": [user["trigram_ppl"] for user in first["users"]],

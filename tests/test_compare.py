@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 import compare
+import train
 from lab import experiments
 from support import plots
+from support.errors import Diverged
 from support.settings import parsed
 from support.tables import curves, summarize, table
 from test_train import TINY, refusal
@@ -55,21 +57,34 @@ def test_each_method_gets_the_rate_that_is_best_on_validation_text_of_the_first_
     assert compared("--rates 1e30") == 2
 
 
-def fake_run(folder, *ppls) -> object:
+def test_a_run_that_diverges_is_named_and_the_others_make_the_table(compared, monkeypatch, capsys):
+    def diverging(run, bar):
+        if run.settings.method == "local" and run.settings.seed == 1:
+            raise Diverged("`lr` 0.006: the loss has grown")
+        return play(run, bar)
+    play = train.Run.play
+    monkeypatch.setattr(train.Run, "play", diverging)
+    assert compared() == 0
+    assert "local, seed 1: --lr 0.006: the loss has grown" in capsys.readouterr().err
+    rows = json.loads(Path("out/table.json").read_text())
+    assert {label: len(row["mean"]) for label, row in rows.items()} == {"comigs": 2, "local (1 of 2 seeds)": 1}
+
+
+def fake_run(folder, seed: int, *ppls) -> object:
     folder.mkdir()
     users = [{"name": f"u{i}", "test_ppl": ppl, "test_ppl_start": 9.0, "trigram_ppl": 8.0, "parameters": {
         "backbone": 1000, "generalist": 10 * (i + 1), "specialist": 5, "router": 1}} for i, ppl in enumerate(ppls)]
     (folder / "result.json").write_text(json.dumps({
         "users": users, "mean_test_ppl": sum(ppls) / len(ppls), "bytes_up": 400, "bytes_down": 800, "rounds": 10,
-        "seconds": 3.0}))
+        "seconds": 3.0, "seed": seed}))
     lines = [{"round": round, "valid_loss": loss} for round, loss in ((0, 3.0), (0, 5.0), (10, 1.0), (10, 2.0))]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
 def test_a_row_worked_by_hand(tmp_path):
-    ours = [fake_run(tmp_path / "a", 2.0, 6.0), fake_run(tmp_path / "b", 4.0, 8.0)]
-    local = [fake_run(tmp_path / "c", 3.0, 5.0), fake_run(tmp_path / "d", 5.0, 9.0)]
+    ours = [fake_run(tmp_path / "a", 0, 2.0, 6.0), fake_run(tmp_path / "b", 1, 4.0, 8.0)]
+    local = [fake_run(tmp_path / "d", 1, 5.0, 9.0), fake_run(tmp_path / "c", 0, 3.0, 5.0)]
     row = summarize(ours, {0.1: 7.0, 0.2: 6.0}, local)
     assert row | {"rate": 0.2, "users": {"u0": [2, 4], "u1": [6, 8]}, "mean": [4, 6], "worst": [6, 8],
                   "hurt": 0.25,  # one of four: 6 against 5
