@@ -99,8 +99,8 @@ def anyones(settings: "Settings", train: list[int], tokenizer: tiktoken.Encoding
     Raises BadInput, OSError.
     """
     held = defaultdict(lambda: {"": [], **{name: [] for name in SPLITS}})
-    least = 1000 * (CORPORA[settings.data].train_kb or 0) if settings.data in CORPORA else 0  # so that what is held out
-    # doesn't depend on how much is asked for
+    # what is streamed at least, so that what is held out doesn't depend on how much is asked for
+    least = 1000 * (CORPORA[settings.data].train_kb or 0) if settings.data in CORPORA else 0
     size = max(*train, least) + 10 * max(HELD_OUT.values()) + len(SPLITS) * 4 * CORPUS_EXCERPT  # enough for every split
     for user, text, meant in corpora.read(settings, min(size, EVERYTHING)):
         if text.strip():
@@ -115,8 +115,8 @@ def anyones(settings: "Settings", train: list[int], tokenizer: tiktoken.Encoding
             own = split(documents, wanted)
         elif wanted < EVERYTHING:
             own[TRAIN] = take(iter(own[TRAIN]), wanted)
-        problem = lack(as_tokens(name, own, tokenizer), wanted, settings.block_size)
-        if problem and settings.short_users == "leave-out":
+        leaving_out = settings.short_users == "leave-out"  # else `load` refuses, once it has the tokens
+        if leaving_out and (problem := lack(as_tokens(name, own, tokenizer), wanted, settings.block_size)):
             print(f"left out: {problem.replace('`', '')}", file=sys.stderr)
             left_out += 1
         else:

@@ -91,12 +91,12 @@ def build(settings: Settings, start: Base, texts: list[Text]) -> tuple[Guard, li
                    data.seeded(settings.seed, "noise"))
     if method.pooled:
         return server, [build_user(settings, "everyone", build_model(settings, start, *largest, "everyone"), texts)]
-    users = []
+    users, frozen = [], common.having(BACKBONE)
     for text, specialists, rank in processes.own(
             list(zip(texts, settings.specialists, settings.lora_rank, strict=True))):
         model = build_model(settings, start, specialists, rank, text.name)
-        frozen = {name: p for name, p in common.having(BACKBONE).items() if name in model.having(BACKBONE)}
-        model.load_state_dict(frozen, strict=False, assign=True)  # the same for all, if it isn't pretrained either
+        same = {name: frozen[name] for name in model.having(BACKBONE)}  # for all, if it isn't pretrained either
+        model.load_state_dict(same, strict=False, assign=True)
         users.append(build_user(settings, text.name, model, [text]))
     return server, users
 
@@ -123,7 +123,8 @@ class Run:
         state = processes.gathered([self.folder.continued() if self.first else None])[0] if settings.resume else None
         if state:
             folder.restore(state["server"], processes.own(state["users"]), self.server, self.users)
-            self.server.refused = self.server.refused if self.first else []  # the first process has everyone's
+            if not self.first:
+                self.server.refused = []  # the first process has everyone's
             self.done, self.before = state["round"], processes.own(state["test_start"])
             self.began -= state["seconds"]
         self.board = plots.board(self.folder.path) if settings.tensorboard and self.first else None

@@ -48,8 +48,7 @@ def config_of(settings: Settings, start: Base, texts: list[Text]) -> dict:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
                 "tiktoken": tiktoken.__version__}
     return {"format": FORMAT, "settings": plain(settings) | {"resume": False}, "base": reference(start),
-            "texts": described(texts),
-            "versions": versions, "threads": torch.get_num_threads()}
+            "texts": described(texts), "versions": versions, "threads": torch.get_num_threads()}
 
 
 def reference(start: Base) -> dict:
