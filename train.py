@@ -26,7 +26,7 @@ from methods import METHODS
 from model import BACKBONE, GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig
 from support import folder, page, plots, processes
 from support.errors import Diverged
-from support.files import write_json
+from support.files import read_lines, write_json
 from support.folder import Folder, stopped_gently
 from support.guard import Guard
 from support.pretrained import Base
@@ -288,7 +288,7 @@ def train(settings: Settings) -> None:
     path = run.folder.path
     print(table(result, path))
     if settings.plot:
-        plots.plot(page.read_lines(path / "metrics.jsonl"), path / "curves")
+        plots.plot(read_lines(path / "metrics.jsonl"), path / "curves")
     if processes.count() == 1:
         learned = [folder.Learned(user.name, user.model, user.gates) for user, _ in run.tested]
         page.of_run(path, path / "page.html", settings.title, run.texts, learned, data.tokenizer(run.base.tokenizer))

@@ -27,3 +27,8 @@ def write_json(path: Path, content: object) -> None:
 def read_json(path: Path) -> dict:
     """Raises OSError, ValueError."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; none where there is no file. Raises OSError, ValueError."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

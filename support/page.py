@@ -21,7 +21,7 @@ import data
 from bilevel import evaluate
 from data import Text
 from model import GENERALIST, GPT, dense_gates
-from support.files import read_json, write_text
+from support.files import read_json, read_lines, write_text
 from support.folder import Learned
 
 SHOWN = 8  # users on the page, at most
@@ -45,11 +45,6 @@ def of_run(folder: Path, path: Path, title: str, texts: list[Text], users: list[
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     inert = json.dumps(content).replace("<", "\\u003c")  # ASCII, and no tag can begin in it
     write_text(path, page.replace("@@DATA@@", inert))
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl. Raises OSError, ValueError."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def view(name: str, tokens: np.ndarray, user: Learned, tokenizer: tiktoken.Encoding, shown: int) -> dict:

@@ -1,12 +1,11 @@
 """What several runs come to: a row for each method, over its seeds and users, as Markdown."""
 
-import json
 import math
 import statistics
 from pathlib import Path
 
 from model import GENERALIST, ROUTER, SPECIALIST
-from support.files import read_json
+from support.files import read_json, read_lines
 
 
 def read(folder: Path) -> dict:
@@ -17,9 +16,8 @@ def summarize(folders: list[Path], tried: dict[float, float], rivals: list[Path]
     """A row: test perplexities over seeds, by user and over users, and costs per user. `rivals`: runs of `local`."""
     runs = [read(folder) for folder in folders]
     first, users = runs[0], len(runs[0]["users"])
-    lines = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders]
     curve = {}
-    for line in (line for one in lines for line in one):
+    for line in (line for folder in folders for line in read_lines(folder / "metrics.jsonl")):
         curve.setdefault(line["round"], []).append(line["valid_loss"])
 
     def over_users(*roles: str) -> float:
