@@ -18,9 +18,10 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from support import corpora
+from support import corpora, llama
 from support.corpora import BUILTIN, CORPORA, CORPUS_EXCERPT, EVERYTHING
 from support.errors import BadInput
+from support.llama import END
 
 if TYPE_CHECKING:
     from support.settings import Settings
@@ -29,7 +30,6 @@ SPLITS = TRAIN, VALID, TEST = ("train", "valid", "test")
 HELD_OUT = {TEST: 32_000, VALID: 16_000}  # bytes of a user's held-out text; of anyone's own text at most a tenth each
 DOCUMENT = 1_000_000  # bytes; a longer one is running text, which is cut into splits
 BUILTIN_TRAIN_KB = 40  # private text is scarce, and a run should be short
-END = "<|endoftext|>"  # the token that stands before every document
 
 # --- who gets which documents ----------------------------------------------------------------------------------------
 
@@ -141,10 +141,13 @@ def mix(users: Iterable[Splits]) -> Splits:
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 def tokenizer(name: str) -> tiktoken.Encoding:
-    """`bytes`: tokens 0 to 255 are the bytes of UTF-8 and 256 is END. Else one of tiktoken's, such as `gpt2`."""
+    """`bytes`: tokens 0 to 255 are the bytes of UTF-8 and 256 is END. `smollm2` or a .gguf: the file's own. Else one of
+    tiktoken's, such as `gpt2`. All have a token called END. Raises BadInput."""
     if name == "bytes":
         bytewise = {bytes([byte]): byte for byte in range(256)}
         return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=bytewise, special_tokens={END: 256})
+    if llama.is_one(name):
+        return llama.File(name, "tokenizer").tokenizer()
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # a failed download: the errors of `requests` are OSErrors

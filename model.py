@@ -11,8 +11,9 @@ E experts in a layer, k of them chosen for a token, r the rank of their changes.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,18 +36,30 @@ class GPTConfig:
     n_layer: int = 3
     n_head: int = 4
     n_embd: int = 128
+    # What separates a Llama from a GPT-2, which is the default:
+    n_kv_head: int | None = None  # heads of keys and values, which n_head / n_kv_head queries share; None: n_head
+    n_hidden: int | None = None  # F, channels inside a feed-forward block; None: 4 n_embd
+    feed_forward: str = "gelu"  # "gelu"; "gelu-tanh", GPT-2's own approximation of it; "swiglu", Llama's
+    norm: str = "layer"  # a key of NORMS
+    norm_eps: float = 1e-5
+    rotary_base: float | None = None  # None: learned positions
+    rotary_factors: list[float] | None = None  # that slow each pair of channels down, for long texts; None: all 1
+    bias: bool = True  # of linear maps
+    tied: bool = True  # the tokens' embedding is also the head
+    # The mixture:
     generalists: int = 1  # G, the first experts of every layer
     specialists: int = 1  # S, the others
     top_k: int = 2  # k; a model with fewer experts uses all it has
     routed: bool = True  # False: no router, every expert always has the weight 1/E
     expert: str = "mlp"  # a key of EXPERTS
     lora_rank: int = 8  # r, of "lora"
-    gelu: str = "none"  # F.gelu's approximation; GPT-2's weights want "tanh"
     roles: dict[str, str] = field(default_factory=dict)  # a method's changes: {"specialist": "generalist"}; the factors
     # of low-rank changes can have roles of their own: {"A": "backbone"}
-    fast: bool = True  # False: the plain forms of this file, without support/kernels.py
+    dtype: str = "float32"  # or "bfloat16", of what is frozen and of the work; what learns is always in float32
 
     def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.n_hidden = self.n_hidden or 4 * self.n_embd
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.n_experts < 1:
@@ -78,8 +91,32 @@ def having_role(role: str, module: nn.Module) -> nn.Module:
     return module
 
 
+def table(rows: int, config: GPTConfig) -> nn.Embedding:
+    """A learned vector for each of so many tokens or positions."""
+    return having_role(config.trunk_role, nn.Embedding.from_pretrained(torch.empty(rows, config.n_embd), freeze=False))
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / √(mean of x² + ε), times a weight: LayerNorm without the mean (Zhang, Sennrich 2019). (..., C) -> (..., C)"""
+
+
+NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
+
+
+def norm(config: GPTConfig) -> nn.Module:
+    return having_role(config.trunk_role, NORMS[config.norm](config.n_embd, config.norm_eps))
+
+
+class Linear(nn.Linear):
+    """A linear map whose numbers, where they learn, are rounded to the dtype of what they meet."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
 class LowRank(nn.Module):
-    """A low-rank change of a linear map, α/√r · B A: (..., n_in) -> (..., n_out). B = 0 at the start: no change.
+    """A low-rank change of a linear map W: (n, n_in) -> (n, n_out), α/√r · B A x, added to W x if that is given.
+    B = 0 at the start: no change.
 
     LoRA (Hu et al. 2021, section 4.1) with the scale of rsLoRA (Kalajdzievski 2023), as in the paper.
     """
@@ -97,63 +134,91 @@ class LowRank(nn.Module):
     def scale_of(cls, rank: int) -> float:
         return cls.ALPHA / rank ** 0.5
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.scale * F.linear(x, self.A), self.B)
+    def forward(self, x: Tensor, Wx: Tensor | None = None) -> Tensor:
+        z, B = self.scale * F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)  # (n, r), (n_out, r)
+        return F.linear(z, B) if Wx is None else torch.addmm(Wx, z, B.t())
 
 
-class ChangedLinear(nn.Linear):
+class ChangedLinear(Linear):
     """A frozen linear map with a low-rank change, which is a generalist."""
 
     def __init__(self, n_in: int, n_out: int, config: GPTConfig):
-        super().__init__(n_in, n_out)
+        super().__init__(n_in, n_out, config.bias)
         self.change = LowRank(n_in, n_out, config.lora_rank, GENERALIST)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).add_(self.change(x))
+        rows = x.flatten(0, -2)  # (n, n_in)
+        return self.change(rows, super().forward(rows)).unflatten(0, x.shape[:-1])
 
 
-Past = list[Tensor]  # a layer's keys and values of earlier tokens, (B, H, tokens, C/H) each; empty at the beginning
+def turns(config: GPTConfig, positions: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021, section 3.2): the complex number that turns pair i of a head's D channels at
+    position t, by an angle of t · base^(-2i/D) / factor_i: (T,) -> (T, 1, D/2)."""
+    D = config.n_embd // config.n_head
+    i = torch.arange(D // 2, device=positions.device)
+    factors = torch.tensor(config.rotary_factors or 1.0, device=positions.device)
+    angles = positions[:, None, None] * (config.rotary_base ** (-2 * i / D) / factors)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def turned(x: Tensor, turn: Tensor) -> Tensor:
+    """Every pair of neighbouring channels turned, in float32 at least: (B, T, heads, D) -> the same."""
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))  # (B, T, heads, D/2, 2)
+    return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).to(x.dtype)
+
+
+Past = list[Tensor]  # a layer's keys and values of earlier tokens, (B, K, tokens, D) each; empty at the beginning
 
 
 class Attention(nn.Module):
-    """Causal self-attention with H heads: (B, T, C) -> (B, T, C). The T tokens follow the past, which grows by them."""
+    """Causal self-attention with H heads of D channels, which share K heads of keys and values: (B, T, C) -> (B, T, C).
+    The T tokens follow the past, which grows by them."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.role = config.trunk_role
-        self.n_head = config.n_head
-        C = config.n_embd
-        if config.expert == "lora":
-            self.qkv, self.out = ChangedLinear(C, 3 * C, config), ChangedLinear(C, C, config)
-        else:
-            self.qkv, self.out = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.H, self.K, C = config.n_head, config.n_kv_head, config.n_embd
+        self.D = C // self.H
+        linear = partial(ChangedLinear, config=config) if config.expert == "lora" else partial(Linear, bias=config.bias)
+        self.qkv, self.out = linear(C, (self.H + 2 * self.K) * self.D), linear(C, C)
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, turn: Tensor | None = None, past: Past | None = None) -> Tensor:
         B, T, C = x.shape
-        heads = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, H, T, C/H) each
+        qk, v = self.qkv(x).unflatten(-1, (-1, self.D)).split((self.H + self.K, self.K), 2)
+        q, k = (qk if turn is None else turned(qk, turn)).split((self.H, self.K), 2)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H, T, D), (B, K, T, D), (B, K, T, D)
         if past:
-            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)  # (B, H, past + T, C/H)
+            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)  # (B, K, past + T, D)
         if past is not None:
             past[:] = [k, v]
-        S = k.shape[2]  # the last token sees all S, each token before it one less
-        mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S)  # (B, H, T, C/H)
+        y = kernels.attention(q, k, v)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
 class Expert(nn.Module):
-    """One expert, a GPT's feed-forward block: (n, C) -> (n, C)."""
+    """One expert, a feed-forward block: (n, C) -> (n, F) -> (n, C).
+
+    GPT-2's is down · gelu(up · x). Llama's, SwiGLU, is down · (silu(gate · x) ⊙ up · x) (Shazeer 2020).
+    """
 
     def __init__(self, config: GPTConfig, role: str):
         super().__init__()
         self.role = role
-        self.gelu = nn.GELU(config.gelu)
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.down = nn.Linear(4 * config.n_embd, config.n_embd)
+        C, F = config.n_embd, config.n_hidden
+        self.gelu = "tanh" if config.feed_forward == "gelu-tanh" else "none"
+        self.gate = Linear(C, F, config.bias) if config.feed_forward == "swiglu" else None
+        self.up = Linear(C, F, config.bias)
+        self.down = Linear(F, C, config.bias)
+
+    @property
+    def into(self) -> list[Linear]:
+        return [self.up, self.gate] if self.gate else [self.up]
+
+    def activated(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
+        return F.gelu(up, approximate=self.gelu) if gate is None else F.silu(gate) * up
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.gelu(self.up(x)))  # (n, C) -> (n, 4C) -> (n, C)
+        return self.down(self.activated(*(linear(x) for linear in self.into)))
 
 
 class Routing(NamedTuple):
@@ -183,24 +248,24 @@ class Router(nn.Module):
         self.scores = nn.Linear(config.n_embd, config.n_experts, bias=False)
 
     def forward(self, x: Tensor) -> Routing:
-        scores = self.scores(x)  # (N, E)
+        scores = self.scores(x.to(self.scores.weight.dtype))  # (N, E)
         if self.top_k == scores.shape[1]:
             return to_all(scores.softmax(-1), scores)
         highest, chosen = scores.topk(self.top_k)  # (N, k) each
         return Routing(highest.softmax(-1), chosen, scores)  # a softmax over the chosen only
 
 
-def by_expert(routing: Routing, E: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """All token-expert pairs, expert by expert: each pair's token (N·k,), expert (N·k,) and gate (N·k, 1), and how many
-    pairs each expert has.
+def by_expert(routing: Routing, E: int) -> tuple[Tensor, Tensor, list[int]]:
+    """All token-expert pairs, expert by expert: each pair's token (N·k,) and gate (N·k, 1), and how many pairs each
+    expert has.
 
     gates [[.7, .3], [.6, .4]], chosen [[2, 0], [2, 1]], E = 3
-    -> tokens [0, 1, 0, 1], experts [0, 1, 2, 2], gates [.3, .4, .7, .6], counts [1, 1, 2]
+    -> tokens [0, 1, 0, 1], gates [.3, .4, .7, .6], counts [1, 1, 2]
     """
     chosen = routing.chosen.flatten()  # (N·k,), token by token
     order = chosen.argsort(stable=True)
     gates = routing.gates.flatten().index_select(0, order)[:, None]
-    return order // routing.chosen.shape[1], chosen[order], gates, chosen.bincount(minlength=E).tolist()
+    return order // routing.chosen.shape[1], gates, chosen.bincount(minlength=E).tolist()
 
 
 def dense_gates(routing: Routing, E: int) -> Tensor:
@@ -220,45 +285,61 @@ class MLPExperts(nn.ModuleList):
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         if routing.chosen.shape[1] == len(self):  # everyone works for every token: nothing to dispatch
             return sum(gate[:, None] * expert(x) for gate, expert in zip(routing.gates.unbind(1), self, strict=True))
-        token, _, gates, counts = by_expert(routing, len(self))
+        token, gates, counts = by_expert(routing, len(self))
         inputs = x.index_select(0, token).split(counts)  # E × (n_e, C)
         outputs = torch.cat([expert(x_e) for expert, x_e in zip(self, inputs, strict=True)])  # (N·k, C)
         return torch.zeros_like(x).index_add(0, token, gates * outputs)
 
 
 class LoRAExpert(nn.Module):
-    """One expert: low-rank changes of both matrices of a feed-forward block."""
+    """One expert: low-rank changes of all matrices of a feed-forward block."""
 
     def __init__(self, config: GPTConfig, role: str):
         super().__init__()
-        C, r = config.n_embd, config.lora_rank
-        self.up, self.down = LowRank(C, 4 * C, r, role), LowRank(4 * C, C, r, role)
+        C, F, r = config.n_embd, config.n_hidden, config.lora_rank
+        self.gate = LowRank(C, F, r, role) if config.feed_forward == "swiglu" else None
+        self.up, self.down = LowRank(C, F, r, role), LowRank(F, C, r, role)
+
+    @property
+    def into(self) -> list[LowRank]:
+        return [self.up, self.gate] if self.gate else [self.up]
+
+
+def side_by_side(changes: Iterable[LowRank], x: Tensor) -> tuple[Tensor, Tensor]:
+    """s·A (E·r, n_in) and B (n_out, E·r) of E changes, in the dtype of x."""
+    A = torch.cat([change.scale * change.A for change in changes])
+    return A.to(x.dtype), torch.cat([change.B for change in changes], 1).to(x.dtype)
 
 
 class LoRAExperts(nn.Module):
     """E low-rank changes of one frozen feed-forward block U, D, and their mixture: (N, C) -> (N, C).
 
         expert_e(x) = (D + s·B'_e A'_e) h_e,    h_e = gelu((U + s·B_e A_e) x),    s = α/√r
-        y = Σ gate_e · expert_e(x) = D Σ gate_e·h_e + Σ s·B'_e A'_e (gate_e·h_e),    over the chosen e
+        y = Σ gate_e · expert_e(x) = D Σ gate_e·h_e + s·B' Σ [e]·A' (gate_e·h_e),    over the chosen e
 
-    The frozen U and D are applied once to a token, however many experts it goes to.
+    The frozen U and D (and Llama's gate, which is changed like U) are applied once to a token, however many experts it
+    goes to. A and B hold all experts' factors side by side, and [e] is 1 at the ranks of expert e, 0 elsewhere: that is
+    a little more work than multiplying by A_e and B_e only, but all tokens do it at once.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.fast = config.fast
         self.block = Expert(config, BACKBONE)
         self.changes = nn.ModuleList(LoRAExpert(config, kind) for kind in config.kinds)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        E = len(self.changes)
-        if self.fast:  # the same, by chosen experts only
-            return kernels.low_rank_mixture(x, self.block, self.changes, *by_expert(routing, E))
-        gates = dense_gates(routing, E)[:, :, None].unbind(1)  # E × (N, 1)
-        up = self.block.up(x)  # U x: (N, 4C)
-        hidden = [gate * self.block.gelu(up + change.up(x)) for gate, change in zip(gates, self.changes, strict=True)]
-        low = [change.down(h) for change, h in zip(self.changes, hidden, strict=True)]
-        return self.block.down(sum(hidden)) + sum(low)
+        block, hidden, low = self.block, 0, 0
+        into = [(linear(x), *side_by_side(changes, x)) for linear, changes in zip(
+            block.into, zip(*(change.into for change in self.changes), strict=True), strict=True)]
+        into = [(Wx, F.linear(x, A), B.t()) for Wx, A, B in into]  # (N, F), (N, E·r), (E·r, F)
+        A, B = side_by_side([change.down for change in self.changes], x)  # (E·r, F), (C, E·r)
+        own = F.one_hot(routing.chosen, len(self.changes)).to(x.dtype)  # (N, k, E)
+        own = own.repeat_interleave(len(A) // len(self.changes), 2)  # (N, k, E·r)
+        for weight, ranks in zip(routing.gates.unbind(1), own.unbind(1), strict=True):  # a token's k choices
+            h = block.activated(*(torch.addmm(Wx, ranks * z, B_in) for Wx, z, B_in in into))
+            h = weight[:, None] * h  # (N, F)
+            hidden, low = hidden + h, low + ranks * F.linear(h, A)  # (N, F), (N, E·r)
+        return torch.addmm(block.down(hidden), low, B.t())
 
 
 EXPERTS = {"mlp": MLPExperts, "lora": LoRAExperts}  # kinds of experts: a module (x, routing) -> y
@@ -280,8 +361,8 @@ class MoE(nn.Module):
         tokens = x.flatten(0, 1)  # (N, C)
         if weights is None and self.router is None:
             weights = torch.full((self.n_experts,), 1 / self.n_experts)
-        routing = self.router(tokens) if weights is None else to_all(weights.to(x).expand(len(tokens), -1))
-        return self.experts(tokens, routing).view_as(x), routing
+        routing = self.router(tokens) if weights is None else to_all(weights.to(x.device).expand(len(tokens), -1))
+        return self.experts(tokens, routing._replace(gates=routing.gates.to(x.dtype))).view_as(x), routing
 
 
 class Block(nn.Module):
@@ -289,20 +370,16 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.attention_norm = having_role(config.trunk_role, nn.LayerNorm(config.n_embd))
+        self.attention_norm = norm(config)
         self.attention = Attention(config)
-        self.moe_norm = having_role(config.trunk_role, nn.LayerNorm(config.n_embd))
+        self.moe_norm = norm(config)
         self.moe = MoE(config)
 
-    def forward(self, x: Tensor, weights: Tensor | None = None, past: Past | None = None) -> tuple[Tensor, Routing]:
-        x = x + self.attention(self.attention_norm(x), past)
+    def forward(self, x: Tensor, weights: Tensor | None = None, turn: Tensor | None = None,
+                past: Past | None = None) -> tuple[Tensor, Routing]:
+        x = x + self.attention(self.attention_norm(x), turn, past)
         y, routing = self.moe(self.moe_norm(x), weights)
         return x + y, routing
-
-
-def precision(x: Tensor) -> torch.autocast:
-    """bfloat16 for matrix products on a GPU; on a CPU everything stays as it is."""
-    return torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda)
 
 
 class GPT(nn.Module):
@@ -320,12 +397,11 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         with torch.device("meta"):  # shapes only; `initialize` brings the numbers
-            C, role = config.n_embd, config.trunk_role
-            self.tokens, self.positions = (  # the tokens' embedding is also the head: tied
-                having_role(role, nn.Embedding.from_pretrained(torch.empty(n, C), freeze=False))
-                for n in (config.vocab_size, config.block_size))
+            self.tokens = table(config.vocab_size, config)
+            self.positions = None if config.rotary_base else table(config.block_size, config)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-            self.norm = having_role(role, nn.LayerNorm(C))
+            self.norm = norm(config)
+            self.head = None if config.tied else table(config.vocab_size, config)
         self.roles = self.find_roles()
         self.initialize(generator, pretrained or {})
 
@@ -351,26 +427,29 @@ class GPT(nn.Module):
 
     def initialize(self, generator: torch.Generator | None, pretrained: dict[str, Tensor]) -> None:
         """Every parameter's first numbers: the pretrained ones, else `fresh` ones."""
-        numbers, self.borrowed = {}, set()  # names of the base's own tensors
+        numbers, dtype = {}, getattr(torch, self.config.dtype)
+        self.borrowed = set()  # names of the base's own tensors
         for name, parameter in self.named_parameters():
             frozen, source = self.roles[name] == BACKBONE, self.plain_name(name)
             if source not in pretrained:
-                numbers[name] = self.fresh(name, parameter.shape, generator)
+                numbers[name] = self.fresh(name, parameter.shape, generator).to(dtype if frozen else torch.float32)
             elif frozen:
-                numbers[name] = pretrained[source]
+                numbers[name] = pretrained[source].to(dtype)
                 self.borrowed.add(name)
             else:
-                numbers[name] = pretrained[source].detach().clone()
+                numbers[name] = pretrained[source].detach().float().clone()
             parameter.requires_grad_(not frozen)
         self.load_state_dict(numbers, assign=True)
 
     def fresh(self, name: str, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
         """GPT-2's start: weights N(0, 0.02), those that write into the residual stream divided by √(2L), biases 0,
-        norms 1; and the B of low-rank changes 0."""
+        norms 1. Of low-rank changes, A is uniform within ±1/√n_in, and B is 0."""
         if len(shape) == 1:
             return torch.full(shape, float(name.endswith("weight")))
         if name.endswith(".B"):
             return torch.zeros(shape)
+        if name.endswith(".A"):
+            return torch.empty(shape).uniform_(-1, 1, generator=generator) / shape[1] ** 0.5
         writes = name.endswith(("out.weight", "down.weight"))
         return torch.empty(shape).normal_(0, 0.02 / (2 * self.config.n_layer) ** 0.5 if writes else 0.02,
                                           generator=generator)
@@ -404,24 +483,29 @@ class GPT(nn.Module):
         before = pasts[0][0].shape[2] if pasts and pasts[0] else 0
         end = before + idx.shape[1]
         assert self.config.block_size >= end, f"{end} tokens are more than block_size {self.config.block_size}"
-        x = self.tokens(idx) + self.positions.weight[before:end]  # (B, T, C)
+        x, positions, turn = self.tokens(idx), torch.arange(before, end, device=idx.device), None  # (B, T, C), (T,)
+        if self.positions:
+            x = x + self.positions(positions)
+        else:
+            turn = turns(self.config, positions)
+        if self.config.dtype == "bfloat16":
+            x = x.bfloat16()  # and so is all that is made of it
         routings, none = [], [None] * len(self.blocks)
-        with precision(x):
-            for block, weights, past in zip(self.blocks, none if gates is None else gates, pasts or none, strict=True):
-                x, routing = block(x, weights, past)
-                routings.append(routing)
+        for block, weights, past in zip(self.blocks, none if gates is None else gates, pasts or none, strict=True):
+            x, routing = block(x, weights, turn, past)
+            routings.append(routing)
         return self.norm(x), routings
 
+    def head_weight(self, hidden: Tensor) -> Tensor:
+        return (self.head or self.tokens).weight.to(hidden.dtype)  # (V, C)
+
     def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.tokens.weight)  # (..., C) -> (..., V)
+        return F.linear(hidden, self.head_weight(hidden))  # (..., C) -> (..., V)
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of targets (B, T), given hidden states (B, T, C)."""
-        hidden, targets = hidden.flatten(0, 1), targets.flatten()  # (N, C), (N,)
-        with precision(hidden):
-            if self.config.fast:  # the same, without all logits at once
-                return kernels.head_loss(hidden, self.tokens.weight, targets)
-            return F.cross_entropy(self.logits(hidden), targets)
+        # F.cross_entropy(self.logits(hidden), targets), without all logits at once
+        return kernels.head_loss(hidden.flatten(0, 1), self.head_weight(hidden), targets.flatten())
 
     def forward(self, idx: Tensor, targets: Tensor | None = None,
                 gates: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:

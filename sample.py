@@ -42,22 +42,22 @@ class Sampling:
         check(self)
 
 
-def load(run: Path) -> tuple[dict, list[Learned]]:
-    """The newest checkpoint of a run, and its users' models. Raises BadInput."""
+def load(run: Path) -> tuple[dict, list[Learned], tiktoken.Encoding]:
+    """The newest checkpoint of a run, its users' models and their tokenizer. Raises BadInput."""
     state = folder.newest(run)
     if state is None:
         raise BadInput(f"`run` {run}: holds no checkpoint.pt; give the folder of a run")
     known, users, start = state["base"], [], None
     if known["name"] != "scratch":
         config = state["users"][0]["config"]
-        start = pretrained.load(known["name"], config["block_size"], config["n_head"])
+        start = pretrained.load(known["name"], config["block_size"], config["n_head"], config["dtype"])
         if start.sha256 != known["sha256"]:
             raise BadInput(f"`run` {run}: {known['name']} is no longer the file that it started from; restore it")
     for saved in state["users"]:
         model = GPT(GPTConfig(**saved["config"]), torch.Generator(), start and start.tensors)
         folder.restore_model(saved, model)
         users.append(Learned(saved["name"], model, saved["gates"]))
-    return state, users
+    return state, users, (start and start.encoding) or data.tokenizer(known["tokenizer"])
 
 
 def continued(user: Learned, sampling: Sampling, tokenizer: tiktoken.Encoding) -> Iterator[str]:
@@ -70,10 +70,9 @@ def continued(user: Learned, sampling: Sampling, tokenizer: tiktoken.Encoding) -
     yield from page.decode((token.item() for token in new), tokenizer, end="\n\n")
 
 
-def show_page(run: Path, state: dict, users: list[Learned], path: Path) -> None:
+def show_page(run: Path, state: dict, users: list[Learned], tokenizer: tiktoken.Encoding, path: Path) -> None:
     """Raises BadInput."""
     settings = Settings(**state["settings"] | {"resume": False, "overwrite": False})
-    tokenizer = data.tokenizer(state["base"]["tokenizer"])
     texts = data.load(settings, tokenizer)
     if folder.described(texts) != folder.json_of(run / "config.json")["texts"]:
         raise BadInput(f"`run` {run}: its text, {settings.data}, has changed; restore it")
@@ -90,12 +89,12 @@ def show_page(run: Path, state: dict, users: list[Learned], path: Path) -> None:
 def show(sampling: Sampling) -> None:
     """Raises BadInput."""
     run = Path(sampling.run)
-    state, users = load(run)
-    tokenizer, named = data.tokenizer(state["base"]["tokenizer"]), {user.name: user for user in users}
+    state, users, tokenizer = load(run)
+    named = {user.name: user for user in users}
     if sampling.user not in (None, "all", *named):
         raise BadInput(f"`user` {sampling.user}: not in this run; give all, or one of {', '.join(named)}")
     if sampling.html:
-        show_page(run, state, users, Path(sampling.html))
+        show_page(run, state, users, tokenizer, Path(sampling.html))
     elif sampling.user == "all":
         print("\n\n".join(f"{user.name}:\n{''.join(continued(user, sampling, tokenizer))}" for user in users))
     else:

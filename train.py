@@ -113,7 +113,7 @@ class Run:
             if getattr(settings, name):
                 plots.need(package, name)
         self.base = starting_point(settings)
-        self.texts = data.load(settings, data.tokenizer(self.base.tokenizer))
+        self.texts = data.load(settings, self.base.encoding)
         self.server, self.users = build(settings, self.base, self.texts)
         learners = self.users * len(self.texts) if METHODS[settings.method].pooled else self.users
         self.tested = list(zip(learners, processes.own(self.texts), strict=True))  # whose model is tested on which text
@@ -291,7 +291,7 @@ def train(settings: Settings) -> None:
         plots.plot(read_lines(path / "metrics.jsonl"), path / "curves")
     if processes.count() == 1:
         learned = [folder.Learned(user.name, user.model, user.gates) for user, _ in run.tested]
-        page.of_run(path, path / "page.html", settings.title, run.texts, learned, data.tokenizer(run.base.tokenizer))
+        page.of_run(path, path / "page.html", settings.title, run.texts, learned, run.base.encoding)
         print(f"what it learned: {path / 'page.html'}")
     else:  # the other users' models are elsewhere
         print(f"what it learned: python sample.py --run {path} --html {path / 'page.html'}")

@@ -63,7 +63,8 @@ def pretrain(settings: Pretraining) -> Path:
     if not loss < DIVERGED:
         raise BadInput(f"`lr` {settings.lr}: the loss has grown to {loss:.3g}; take a smaller one")
     tensors = {GPT.plain_name(name): parameter for name, parameter in model.named_parameters()}
-    write(path, lambda file: torch.save(pretrained.pack(tensors, config.n_head, config.gelu, start.tokenizer), file))
+    content = pretrained.pack(tensors, config.n_head, config.feed_forward, start.tokenizer)
+    write(path, lambda file: torch.save(content, file))
     print(f"{path}: {loss / math.log(2):.3f} bits per byte of held-out text, where a trigram needs "
           f"{trigram_loss(text.train, text.test, config.vocab_size) / math.log(2):.3f}")
     return path

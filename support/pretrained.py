@@ -1,22 +1,25 @@
-"""A pretrained GPT to start from: OpenAI's GPT-2 by name, or a file with tensors under GPT-2's names.
+"""A pretrained model to start from: SmolLM2 or OpenAI's GPT-2 by name, a Llama's .gguf (support/llama.py), or a file
+with tensors under GPT-2's names.
 
     python -c "from support import pretrained; print(pretrained.load('gpt2').config)"
 
-A file is what torch.save made of such tensors (.bin, .pt; `pack` says what lab/pretrain.py adds to them) or a
+The last is what torch.save made of such tensors (.bin, .pt; `pack` says what lab/pretrain.py adds to them) or a
 .safetensors file. None of them is trusted: only tensors and plain values are read, no code in a file is ever run.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
 
+import tiktoken
 import torch
 from torch import Tensor, nn
 
+from support import llama
 from support.errors import BadInput
 
-NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+NAMES = ("smollm2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
 PREFIX = "transformer."  # before every name, where the whole GPT2LMHeadModel was saved
 REMEDY = "give a file of tensors under Hugging Face's GPT-2 names"
@@ -25,13 +28,19 @@ UNUSED = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # causal masks, 
 
 @dataclass
 class Base:
-    """Where models start: a pretrained GPT, or, with no tensors, just a shape."""
+    """Where models start: a pretrained model, or, with no tensors, just a shape."""
 
     name: str  # or path
     sha256: str  # of the file
     tensors: dict[str, nn.Parameter]  # frozen, under the names of model.GPT.plain_name, matrices as nn.Linear has them
-    config: dict[str, int | str]  # fields of model.GPTConfig
-    tokenizer: str | None  # None: the file doesn't say
+    config: dict  # fields of model.GPTConfig
+    tokenizer: str | None  # its name, as data.tokenizer knows it; None: the file doesn't say
+    encoding: tiktoken.Encoding | None = None  # the tokenizer itself, once it is there
+
+
+def by_others(init_from: str) -> bool:
+    """Whether this is a language model that others pretrained: anything but our own .pt."""
+    return init_from != "scratch" and Path(init_from).suffix != ".pt"
 
 
 def layout(V: int, T: int, L: int, C: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -52,24 +61,58 @@ def turned(name: str, tensor: Tensor) -> Tensor:
     return tensor.t().contiguous() if name.startswith("blocks.") and tensor.ndim == 2 else tensor
 
 
-def pack(tensors: dict[str, Tensor], n_head: int, gelu: str, tokenizer: str) -> dict:
+def pack(tensors: dict[str, Tensor], n_head: int, feed_forward: str, tokenizer: str) -> dict:
     """What to torch.save of a pretrained GPT, its tensors under the names of a plain GPT. `load` reads it."""
     V, C = tensors["tokens.weight"].shape
     L = sum(name.endswith("attention_norm.weight") for name in tensors)
     named = layout(V, len(tensors["positions.weight"]), L, C)
     return {"model": {named[name][0]: turned(name, tensor.detach()).cpu() for name, tensor in tensors.items()},
-            "config": {"n_head": n_head, "gelu": gelu}, "tokenizer": tokenizer}
+            "config": {"n_head": n_head, "feed_forward": feed_forward}, "tokenizer": tokenizer}
 
 
-def load(name_or_file: str | Path, block_size: int | None = None, n_head: int | None = None, **wanted) -> Base:
-    """Read a pretrained GPT, which is downloaded if it has to be. Positions beyond `block_size` are cut off.
+def load(name_or_file: str | Path, block_size: int | None = None, n_head: int | None = None, dtype: str = "float32",
+         **wanted) -> Base:
+    """Read a pretrained model, which is downloaded if it has to be. Positions beyond `block_size` are cut off.
 
     Where a file doesn't say how many heads there are, there are `n_head`, or they have 64 channels each, as in every
     GPT-2. wanted: fields of model.GPTConfig, of which those that the file decides must agree with it. Raises BadInput.
     """
-    path, content = fetch(name_or_file) if name_or_file in NAMES else read(Path(name_or_file))
+    name = str(name_or_file)
+    start = (llama_of if llama.is_one(name) else gpt2_of)(name, getattr(torch, dtype))
+    T, C, H = (start.config[field] for field in ("block_size", "n_embd", "n_head"))
+    config = start.config | {"block_size": block_size or T, "n_head": H or n_head or C // 64}
+    H, T_used = config["n_head"], config["block_size"]
+    for wrong, problem in (
+        (n_head not in (None, H), f"was trained with {H} heads, not {n_head}; leave `n_head` out"),
+        (H < 1 or C % max(H, 1), f"{C} channels can't be {f'{H} heads' if H else 'heads of 64'}; give `n_head`"),
+        (T_used > T, f"has {T} positions, not {block_size}; take a smaller `block_size`"),
+        *((wanted.get(field, config[field]) != config[field], f"has {field} {config[field]}, not {wanted.get(field)}; "
+           f"leave `{field}` out") for field in ("vocab_size", "n_layer", "n_embd")),
+    ):
+        if wrong:
+            raise BadInput(f"`init_from` {name}: {problem}")
+    if "positions.weight" in start.tensors:
+        start.tensors["positions.weight"] = nn.Parameter(start.tensors["positions.weight"][:T_used], False)
+    return replace(start, config=config)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def llama_of(name: str, dtype: torch.dtype) -> Base:
+    """A file that support/llama.py reads. Raises BadInput."""
+    file = llama.File(name, "init_from")
+    config = file.shape()
+    return Base(name, sha256_of(file.path), file.tensors(config, dtype), config, name, file.tokenizer())
+
+
+def gpt2_of(name: str, dtype: torch.dtype) -> Base:
+    """A GPT-2. Raises BadInput."""
+    path, content = fetch(name) if name in NAMES else read(Path(name))
     ours = isinstance(content, dict) and {"model", "config", "tokenizer"} <= content.keys()
-    known = content if ours else {"model": content, "config": {"gelu": "tanh"}, "tokenizer": None}
+    known = content if ours else {"model": content, "config": {"feed_forward": "gelu-tanh"}, "tokenizer": None}
     try:
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in known["model"].items()}
         (V, C), T = tensors["wte.weight"].shape, len(tensors["wpe.weight"])
@@ -79,30 +122,18 @@ def load(name_or_file: str | Path, block_size: int | None = None, n_head: int | 
             name not in tensors or tensors[name].shape != shapes.get(name) or not tensors[name].isfinite().all())]
         if not odd and not torch.equal(tensors.get("lm_head.weight", tensors["wte.weight"]), tensors["wte.weight"]):
             odd = ["lm_head.weight"]
-        heads, gelu, tokenizer = known["config"].get("n_head"), known["config"]["gelu"], known["tokenizer"]
-        sound = type(heads) in (int, type(None)) and gelu in ("none", "tanh") and tokenizer in (None, "bytes", "gpt2")
+        heads, feed_forward = known["config"].get("n_head"), known["config"]["feed_forward"]
+        sound = (type(heads) in (int, type(None)) and feed_forward in ("gelu", "gelu-tanh")
+                 and known["tokenizer"] in (None, "bytes", "gpt2"))
     except (AttributeError, KeyError, TypeError, ValueError):
         raise BadInput(f"`init_from` {path}: holds no GPT-2; {REMEDY}") from None
     if odd or not sound:
         problem = f"{odd[0]} is missing, not finite or of another shape" if odd else "its config is not a GPT-2's"
         raise BadInput(f"`init_from` {path}: holds no GPT-2: {problem}; {REMEDY}")
-    config = dict(vocab_size=V, block_size=block_size or T, n_layer=L, n_head=heads or n_head or C // 64, n_embd=C)
-    H = config["n_head"]
-    for wrong, problem in (
-        (n_head not in (None, H), f"was trained with {H} heads, not {n_head}; leave `n_head` out"),
-        (H < 1 or C % max(H, 1), f"{C} channels can't be {f'{H} heads' if H else 'heads of 64'}; give `n_head`"),
-        (config["block_size"] > T, f"has {T} positions, not {block_size}; take a smaller `block_size`"),
-        *((wanted.get(name, config[name]) != config[name], f"has {name} {config[name]}, not {wanted.get(name)}; leave "
-           f"`{name}` out") for name in ("vocab_size", "n_layer", "n_embd")),
-    ):
-        if wrong:
-            raise BadInput(f"`init_from` {path}: {problem}")
-    tensors["wpe.weight"] = tensors["wpe.weight"][:config["block_size"]]
-    frozen = {name: nn.Parameter(turned(name, tensors.pop(theirs).float()), False)
+    frozen = {name: nn.Parameter(turned(name, tensors.pop(theirs).to(dtype)), False)
               for name, (theirs, _) in layout(V, T, L, C).items()}
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return Base(str(name_or_file), sha256, frozen, config | {"gelu": gelu}, tokenizer)
+    config = dict(vocab_size=V, block_size=T, n_layer=L, n_head=heads, n_embd=C, feed_forward=feed_forward)
+    return Base(name, sha256_of(path), frozen, config, known["tokenizer"])
 
 
 def fetch(name: str) -> tuple[Path, object]:

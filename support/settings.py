@@ -84,26 +84,38 @@ def check(settings) -> None:
 
 
 SCRATCH = dict(n_layer=3, n_head=4, n_embd=128)  # the shape, where no base decides
+USUAL = {  # what suits a small model, and a language model that others pretrained
+    "batch_size": (8, 2), "block_size": (64, 128), "rounds": (64, 20), "lr": (6e-3, 2e-3), "warmup": (100, 20),
+    "eval_every": (16, 5)}
+
+
+def usual(name: str, help: str, kind: type, low: float | None = None, **values):
+    """A setting whose default depends on the base."""
+    return setting(None, f"{help} (default: {USUAL[name][0]}, or {USUAL[name][1]} on SmolLM2 and the like)", kind, low,
+                   **values)
 
 
 @dataclass
 class Training:
     """What training any model needs. Raises BadInput."""
 
-    batch_size: int = setting(8, "windows in a batch", int, 1, high=1_000_000)
-    block_size: int = setting(64, "tokens in a window", int, 1, high=1_000_000)
-    lr: float = setting(6e-3, "the experts' highest learning rate", float, above=0)
-    warmup: int = setting(100, "steps up to the highest learning rate; at most a fifth of all steps", int, 0)
+    batch_size: int | None = usual("batch_size", "windows in a batch", int, 1, high=1_000_000)
+    block_size: int | None = usual("block_size", "tokens in a window", int, 1, high=1_000_000)
+    lr: float | None = usual("lr", "the experts' highest learning rate", float, above=0)
+    warmup: int | None = usual("warmup", "steps up to the highest learning rate; at most a fifth of all steps", int, 0)
     weight_decay: float = setting(0.1, "AdamW's weight decay; none for routers", float, 0)
     n_layer: int | None = setting(None, "layers (default: 3; a base brings its own)", int, 1, high=1000)
     n_head: int | None = setting(None, "attention heads (default: 4; a base brings its own)", int, 1)
     n_embd: int | None = setting(None, "channels (default: 128; a base brings its own)", int, 1, high=1_000_000)
     seed: int = setting(0, "the seed of everything that is random", int, 0)
-    device: str = setting("cpu", "cpu, cuda (in bfloat16), cuda:1, mps, ...")
+    device: str = setting("cpu", "cpu, cuda, cuda:1, mps, ...")
     compile: bool = setting(False, "compile the models with torch.compile", bool)
     overwrite: bool = setting(False, "start anew in a folder that is in use", bool)
 
     def __post_init__(self):
+        for name, (small, large) in USUAL.items():
+            if getattr(self, name, 0) is None:
+                setattr(self, name, large if pretrained.by_others(getattr(self, "init_from", "scratch")) else small)
         check(self)
 
 
@@ -125,8 +137,10 @@ class Settings(Training):
                           choices=tuple(EXPERTS))
     lora_rank: tuple[int, ...] = setting(
         (8,), "rank of the changes; most methods that average them need one for all", int, 1, high=10_000, many=True)
-    init_from: str = setting("scratch", f"where the weights start: scratch, {', '.join(pretrained.NAMES)}, or a file "
-                                        "such as lab/pretrain.py writes")
+    init_from: str = setting("scratch", f"where the weights start: scratch, {', '.join(pretrained.NAMES)}, a .gguf, "
+                                        "or a file such as lab/pretrain.py writes")
+    dtype: str = setting("auto", "of what is frozen, and of the work on it; auto: bfloat16 on SmolLM2 and the like, "
+                                 "where the processor multiplies in it", choices=("auto", "float32", "bfloat16"))
     data: str = setting("builtin", f"{', '.join((*BUILTIN, *CORPORA))}, a folder with a NAME.txt or a NAME/ for each "
                                    "user, or a .csv or .jsonl file")
     user_field: str | None = setting(None, "a table's field that says whose text a row is (default: user)")
@@ -139,13 +153,14 @@ class Settings(Training):
     train_kb: tuple[float, ...] | None = setting(
         None, f"training text in kB (default: {BUILTIN_TRAIN_KB} of a builtin, 2000 of a streamed corpus, else all "
               "there is)", float, 0.001, high=1e9, many=True)
-    tokenizer: str | None = setting(None, "what a token is (default: bytes, or the base's)", choices=("bytes", "gpt2"))
+    tokenizer: str | None = setting(None, "what a token is: bytes, gpt2, or a .gguf's or smollm2's (default: bytes, or "
+                                          "the base's)")
     experts_see: str = setting("train", "the text that experts learn from: training text, or validation text as well",
                                choices=("train", "both"))
     router_lr: float | None = setting(None, "the routers' learning rate (default: as --lr)", float, above=0)
     router_every: int = setting(30, "expert steps between two visits to the router", int, 1)
     router_steps: int = setting(5, "router steps in such a visit", int, 0)
-    rounds: int = setting(64, "communication rounds", int, 1)
+    rounds: int | None = usual("rounds", "communication rounds", int, 1)
     local_steps: int = setting(10, "expert steps of a user in a round", int, 1)
     average: str = setting("uniform", "a user's weight in the average: the same for all, or its training tokens",
                            choices=("uniform", "tokens"))
@@ -153,7 +168,7 @@ class Settings(Training):
     drop_rate: float = setting(0.0, "the chance that a called user vanishes before it answers", float, 0, below=1)
     clip_update: float | None = setting(None, "the largest norm of an update; longer ones are cut", float, above=0)
     dp_noise: float = setting(0.0, "noise on the average, in multiples of largest norm / number of answers", float, 0)
-    eval_every: int = setting(16, "rounds between evaluations on validation text", int, 1)
+    eval_every: int | None = usual("eval_every", "rounds between evaluations on validation text", int, 1)
     plot: bool = setting(False, "also draw curves.png and curves.svg (needs matplotlib)", bool)
     tensorboard: bool = setting(False, "also log figures for TensorBoard (needs tensorboard)", bool)
     out: str | None = setting(None, "folder of the run (default: a new one under out/)")
@@ -199,7 +214,7 @@ def plain(settings) -> dict:
 # --- the command line ------------------------------------------------------------------------------------------------
 
 GROUPS = {  # the headings of train.py --help
-    "users and experts": "users specialists generalists top_k method expert lora_rank init_from",
+    "users and experts": "users specialists generalists top_k method expert lora_rank init_from dtype",
     "text": "data user_field text_field source cache short_users target train_kb tokenizer",
     "learning": "batch_size block_size lr warmup weight_decay router_lr router_every router_steps experts_see n_layer "
                 "n_head n_embd",

@@ -31,4 +31,4 @@ def tiny_base():
     config = GPTConfig(257, 8, 1, 2, 16, specialists=0, routed=False)
     model = GPT(config, torch.Generator().manual_seed(0))
     tensors = {GPT.plain_name(name): parameter for name, parameter in model.named_parameters()}
-    return pretrained.pack(tensors, config.n_head, config.gelu, "bytes")
+    return pretrained.pack(tensors, config.n_head, config.feed_forward, "bytes")

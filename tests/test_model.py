@@ -2,14 +2,26 @@
 
 import math
 import re
+from copy import deepcopy
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-import model as model_module
-from model import BACKBONE, GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig, MoE, Routing, by_expert, dense_gates
-from tiny import SHAPE, Watched, as_on_a_gpu, seeded, tiny
+from model import (
+    BACKBONE,
+    GENERALIST,
+    GPT,
+    ROLES,
+    ROUTER,
+    SPECIALIST,
+    GPTConfig,
+    MoE,
+    Routing,
+    by_expert,
+    dense_gates,
+    turns,
+)
+from tiny import LLAMA, SHAPE, Watched, seeded, tiny
 
 
 def experts_of(moe: MoE) -> list:
@@ -18,10 +30,15 @@ def experts_of(moe: MoE) -> list:
         return list(moe.experts)
     block = moe.experts.block
 
-    def changed(x, linear, low):
-        return F.linear(x, linear.weight + 16 / math.sqrt(len(low.A)) * low.B @ low.A, linear.bias)
-    return [lambda x, change=change: changed(block.gelu(changed(x, block.up, change.up)), block.down, change.down)
-            for change in moe.experts.changes]
+    def whole(change):
+        expert = deepcopy(block)
+        for name in ("up", "gate", "down"):
+            if linear := getattr(expert, name):
+                low, weight = getattr(change, name), getattr(block, name).weight
+                del linear.weight
+                linear.weight = weight + 16 / math.sqrt(len(low.A)) * low.B @ low.A
+        return expert
+    return [whole(change) for change in moe.experts.changes]
 
 
 def dense_mixture(moe: MoE, x: torch.Tensor) -> torch.Tensor:
@@ -34,10 +51,11 @@ def dense_mixture(moe: MoE, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 5])
-@pytest.mark.parametrize("kind", [dict(expert="mlp"), dict(expert="lora", lora_rank=3, gelu="tanh")])
-def test_the_mixture_equals_the_dense_one_in_output_and_all_gradients(kind, top_k):
-    """In the plain form, with which test_kernels.py compares the fast one."""
-    moe = tiny(specialists=4, top_k=top_k, fast=False, **kind).blocks[0].moe
+@pytest.mark.parametrize("feed_forward", ["gelu-tanh", "swiglu"])
+@pytest.mark.parametrize("kind", [dict(expert="mlp"), dict(expert="lora", lora_rank=3)])
+def test_the_mixture_equals_the_dense_one_in_output_and_all_gradients(kind, top_k, feed_forward):
+    """Whose experts are whole blocks, one copy each."""
+    moe = tiny(specialists=4, top_k=top_k, feed_forward=feed_forward, **kind).blocks[0].moe
     x = torch.randn(3, 5, 8, dtype=torch.float64, generator=seeded(1), requires_grad=True)
     sparse, dense = moe(x)[0], dense_mixture(moe, x)
     torch.testing.assert_close(sparse, dense, rtol=0, atol=1e-10)
@@ -67,8 +85,8 @@ def test_only_chosen_experts_compute_and_one_without_tokens_changes_and_learns_n
 
 def test_by_expert_and_dense_gates_of_their_docstrings():
     routing = Routing(torch.tensor([[0.7, 0.3], [0.6, 0.4]]), torch.tensor([[2, 0], [2, 1]]))
-    token, expert, gates, counts = by_expert(routing, 3)
-    assert (token.tolist(), expert.tolist(), counts) == ([0, 1, 0, 1], [0, 1, 2, 2], [1, 1, 2])
+    token, gates, counts = by_expert(routing, 3)
+    assert (token.tolist(), counts) == ([0, 1, 0, 1], [1, 1, 2])
     torch.testing.assert_close(gates, torch.tensor([[0.3], [0.4], [0.7], [0.6]]))
     torch.testing.assert_close(dense_gates(routing, 3)[0], torch.tensor([0.3, 0.0, 0.7]))
 
@@ -97,11 +115,10 @@ def test_without_a_router_experts_are_averaged_and_given_gates_stand_in_for_a_ro
 
 
 @pytest.mark.parametrize("top_k", [2, 4])
-def test_in_bfloat16_gates_are_float32_and_sum_to_1_and_are_close_to_the_exact_ones(top_k, monkeypatch):
-    model, idx = tiny(specialists=3, top_k=top_k).float(), torch.randint(11, (8, 6), generator=seeded(0))
-    _, (exact, _) = model.trunk(idx)
-    monkeypatch.setattr(model_module, "precision", as_on_a_gpu)
-    _, (rounded, _) = model.trunk(idx)
+def test_in_bfloat16_gates_are_float32_and_sum_to_1_and_are_close_to_the_exact_ones(top_k):
+    idx = torch.randint(11, (8, 6), generator=seeded(0))
+    (exact, _), (rounded, _) = (tiny(specialists=3, top_k=top_k, dtype=dtype).float().trunk(idx)[1]
+                                for dtype in ("float32", "bfloat16"))
     assert rounded.gates.dtype == torch.float32
     assert (rounded.gates.sum(-1) - 1).abs().max() < 1e-6
     assert 0 < (rounded.gates - exact.gates).abs().max() < 0.02
@@ -162,7 +179,7 @@ def test_a_generator_decides_the_initial_weights_and_the_global_seed_is_left_alo
 
 @pytest.mark.parametrize("expert", ["mlp", "lora"])
 def test_the_start_is_gpt2s(expert):
-    """Weights of deviation 0.02, those into the residual stream 0.02/√(2L); biases and B are 0, norms 1."""
+    """Weights of deviation 0.02, those into the residual stream 0.02/√(2L); biases and B 0, norms 1; A is LoRA's."""
     model = GPT(GPTConfig(257, 64, 2, 4, 128, expert=expert), seeded(0))
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -171,11 +188,14 @@ def test_the_start_is_gpt2s(expert):
             assert not parameter.any()
         else:
             expected = 0.01 if name.endswith(("out.weight", "down.weight")) else 0.02
+            if name.endswith(".A"):  # uniform within ±1/√n_in
+                expected = (3 * parameter.shape[1]) ** -0.5
             assert parameter.std().item() == pytest.approx(expected, rel=0.1), name
 
 
-def test_no_token_sees_a_later_one():
-    model, idx = tiny(specialists=3), torch.randint(11, (1, 6), generator=seeded(0))
+@pytest.mark.parametrize("shape", [{}, LLAMA])
+def test_no_token_sees_a_later_one(shape):
+    model, idx = tiny(specialists=3, **shape), torch.randint(11, (1, 6), generator=seeded(0))
     changed = idx.clone()
     changed[0, 4] = (changed[0, 4] + 1) % 11
     before, after = model(idx)[0], model(changed)[0]
@@ -183,16 +203,33 @@ def test_no_token_sees_a_later_one():
     assert not torch.allclose(before[:, 4:], after[:, 4:])
 
 
-def test_the_loss_is_the_cross_entropy_of_the_logits():
-    model, (idx, targets) = tiny(), torch.randint(11, (2, 2, 6), generator=seeded(0))
+@pytest.mark.parametrize("shape", [{}, LLAMA])
+def test_the_loss_is_the_cross_entropy_of_the_logits(shape):
+    model, (idx, targets) = tiny(**shape), torch.randint(11, (2, 2, 6), generator=seeded(0))
     (logits, nothing), (also_nothing, loss) = model(idx), model(idx, targets)
     assert nothing is also_nothing is None
     torch.testing.assert_close(loss, -logits.softmax(-1).gather(2, targets[..., None]).log().mean())
 
 
 @torch.no_grad()
-def test_tokens_behind_a_past_one_or_several_are_computed_as_in_the_whole_text():
-    model, idx = tiny(), torch.randint(11, (2, 6), generator=seeded(0))
+def test_rotary_positions_tell_how_far_tokens_are_apart_and_not_where():
+    """Moved along, a text is computed the same; and of three tokens, the order of the first two matters."""
+    model, idx = tiny(block_size=40, **LLAMA), torch.randint(11, (1, 6), generator=seeded(0))
+    hidden = []
+    for before in (0, 30):
+        x = model.tokens(idx)
+        for block in model.blocks:
+            x, _ = block(x, turn=turns(model.config, torch.arange(before, before + 6)))
+        hidden.append(x)
+    torch.testing.assert_close(*hidden, rtol=1e-4, atol=1e-5)  # angles are in float32
+    two = [tiny(**LLAMA | {"n_layer": 1}).trunk(torch.tensor([order]))[0][0, -1] for order in ([1, 2, 3], [2, 1, 3])]
+    assert (two[0] - two[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [{}, LLAMA])
+def test_tokens_behind_a_past_one_or_several_are_computed_as_in_the_whole_text(shape):
+    model, idx = tiny(**shape), torch.randint(11, (2, 6), generator=seeded(0))
     pasts = [[] for _ in model.blocks]
     parts = [model.trunk(part, pasts=pasts)[0] for part in idx.split([2, 3, 1], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), model.trunk(idx)[0])

@@ -52,14 +52,14 @@ def test_a_prefix_or_safetensors_make_no_difference():
     assert all(same([one.config, one.tensors], [other.config, other.tensors]) for other in others)
 
 
-def test_pack_and_load_are_inverse_and_carry_heads_gelu_and_tokenizer():
+def test_pack_and_load_are_inverse_and_carry_heads_feed_forward_and_tokenizer():
     """So that nothing need be said about a base of our own, and nothing else can be, but how many positions to use."""
     torch.save(gpt2_tensors(), "tiny.bin")
-    model = GPT.from_pretrained("tiny.bin", n_head=4, gelu="none", specialists=0, routed=False)
+    model = GPT.from_pretrained("tiny.bin", n_head=4, feed_forward="gelu", specialists=0, routed=False)
     tensors = {GPT.plain_name(name): parameter for name, parameter in model.named_parameters()}
-    torch.save(pretrained.pack(tensors, 4, "none", "bytes"), "base.pt")
+    torch.save(pretrained.pack(tensors, 4, "gelu", "bytes"), "base.pt")
     loaded = pretrained.load("base.pt")
-    assert (loaded.tokenizer, loaded.config["n_head"], loaded.config["gelu"]) == ("bytes", 4, "none")
+    assert (loaded.tokenizer, loaded.config["n_head"], loaded.config["feed_forward"]) == ("bytes", 4, "gelu")
     for T in (12, 5):
         again, idx = GPT.from_pretrained("base.pt", expert="lora", block_size=T), torch.randint(11, (2, T))
         assert len(again.positions.weight) == again.config.block_size == T
@@ -78,7 +78,7 @@ class Trap:
 
 def wrong_files():
     """Name, content and what is said of it."""
-    tensors, config = gpt2_tensors(), {"n_head": 4, "gelu": "none"}
+    tensors, config = gpt2_tensors(), {"n_head": 4, "feed_forward": "gelu"}
     yield "missing.safetensors", None, "no such file"
     yield "empty.bin", b"", "can't be read"
     yield "text.safetensors", b"import os", "can't be read|needs a library"
@@ -92,7 +92,7 @@ def wrong_files():
     yield "nan.pt", tensors | {"wte.weight": torch.full((11, 8), torch.nan)}, "wte.weight is missing, not finite"
     yield "three.pt", tensors | {"lm_head.weight": 3}, "holds no GPT-2"
     ours = {"model": tensors, "config": config, "tokenizer": "bytes"}
-    for i, wrong in enumerate(({"n_head": 3}, {"n_head": "4"}, {"n_head": -4}, {"gelu": "foo"})):
+    for i, wrong in enumerate(({"n_head": 3}, {"n_head": "4"}, {"n_head": -4}, {"feed_forward": "foo"})):
         yield f"config{i}.pt", ours | {"config": config | wrong}, "config is no|can't be"
     yield "tokenizer.pt", ours | {"tokenizer": 5}, "config is no"
     yield "tiny.pt", tensors, "8 channels can't be heads of 64"

@@ -1,11 +1,8 @@
 """Tiny models, users with random text, and rounds in which everything that crosses is watched."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilevel import Rhythm, constant
@@ -14,6 +11,8 @@ from methods import METHODS
 from model import GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig
 
 SHAPE = dict(vocab_size=11, block_size=6, n_layer=2, n_head=2, n_embd=8)
+LLAMA = dict(n_kv_head=1, n_hidden=12, feed_forward="swiglu", norm="rms", rotary_base=100.0, rotary_factors=[1.0, 2.0],
+             bias=False, tied=False)
 
 
 def same(one: dict, two: dict) -> bool:
@@ -66,22 +65,6 @@ class Watched(TorchDispatchMode):
             self.largest = max(self.largest, result.numel())
         self.rows += len(result) if function is torch.ops.aten.gelu.default else 0
         return result
-
-
-class Float32(TorchFunctionMode):
-    """A GPU's autocast takes these to float32, a CPU's doesn't."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function.__name__ in ("softmax", "cross_entropy"):
-            args = (args[0].float(), *args[1:])
-        return function(*args, **(kwargs or {}))
-
-
-@contextmanager
-def as_on_a_gpu(x: torch.Tensor) -> Iterator[None]:
-    """In place of model.precision: what it does on a GPU, on a CPU."""
-    with torch.autocast("cpu", torch.bfloat16), Float32():
-        yield
 
 
 def bits(user: User, *roles: str) -> dict[str, torch.Tensor]:
