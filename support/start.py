@@ -41,12 +41,12 @@ def starting_point(settings: Settings) -> Base:
     dtype = dtype_of(settings)
     if settings.init_from == "scratch":
         start = blank(settings, settings.tokenizer or "bytes")
-    else:
-        start = pretrained.load(settings.init_from, settings.block_size, settings.n_head, dtype)
-        name = settings.tokenizer or start.tokenizer or "gpt2"
+        return replace(start, config=start.config | {"dtype": dtype})
+    start = pretrained.load(settings.init_from, settings.block_size, settings.n_head, dtype)
+    name = settings.tokenizer or start.tokenizer or "gpt2"
+    if start.tokenizer in (None, name):
         encoding = start.encoding or data.tokenizer(name)
-        if name != (start.tokenizer or name) or encoding.n_vocab > start.config["vocab_size"]:
-            raise BadInput(f"`tokenizer` {name}: not the one that `init_from` {settings.init_from} was trained with; "
-                           "take the other")
-        start = replace(start, tokenizer=name, encoding=encoding)
-    return replace(start, config=start.config | {"dtype": dtype})
+        if encoding.n_vocab <= start.config["vocab_size"]:
+            return replace(start, tokenizer=name, encoding=encoding, config=start.config | {"dtype": dtype})
+    raise BadInput(f"`tokenizer` {name}: not the one that `init_from` {settings.init_from} was trained with; take the "
+                   "other")

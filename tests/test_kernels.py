@@ -76,7 +76,7 @@ def test_the_frozen_block_is_applied_once_to_a_token_and_learns_nothing():
 @pytest.mark.parametrize("expert", ["mlp", "lora"])
 def test_bfloat16_changes_loss_and_gradients_by_rounding_only(expert, feed_forward):
     """Where all experts are chosen; else rounding can change the choice. What the optimizer gets is float32."""
-    config = dict(spread=0.3, expert=expert, feed_forward=feed_forward, specialists=3, top_k=4)
+    config = dict(seed=1, spread=0.3, expert=expert, feed_forward=feed_forward, specialists=3, top_k=4)
     exact, rounded = tiny(**config).float(), tiny(**config, dtype="bfloat16").float()
     for parameter in rounded.having(BACKBONE).values():
         parameter.data = parameter.bfloat16()
@@ -84,7 +84,6 @@ def test_bfloat16_changes_loss_and_gradients_by_rounding_only(expert, feed_forwa
     assert rough.dtype == torch.float32
     assert 0 < abs(rough - loss) < 0.02
     gradients = learned(exact)
-    total = sum(gradient.square().sum() for gradient in gradients.values()).sqrt()
     for name, gradient in learned(rounded).items():
         assert gradient.dtype == torch.float32
-        assert (gradient - gradients[name]).norm() < 0.1 * gradients[name].norm() + 0.01 * total, name
+        assert (gradient - gradients[name]).norm() < 0.1 * gradients[name].norm(), name

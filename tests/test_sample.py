@@ -29,7 +29,7 @@ def run(corpus: str, base: dict, method: str = "comigs", start: str = LOW_RANK) 
 @pytest.mark.parametrize("method", ["comigs", "centralized", "pcl", "fdlora", "hetlora", "flexlora", "ffa-lora"])
 def test_the_models_of_a_checkpoint_are_those_that_were_tested(corpus, tiny_base, method):
     run(corpus, tiny_base, method, SCRATCH if method in ("comigs", "centralized") else LOW_RANK)
-    state, users = sample.load(Path("run"))
+    state, users, _ = sample.load(Path("run"))
     texts = data.load(train.Settings(**state["settings"]), data.tokenizer("bytes"))
     rows = json.loads(Path("run/result.json").read_text())["users"]
     for text, user, row in zip(texts, users * (3 // len(users)), rows, strict=True):
