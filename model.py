@@ -11,9 +11,7 @@ E experts in a layer, k of them chosen for a token, r the rank of their changes.
 """
 
 import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,13 +53,15 @@ class GPTConfig:
     lora_rank: int = 8  # r, of "lora"
     roles: dict[str, str] = field(default_factory=dict)  # a method's changes: {"specialist": "generalist"}; the factors
     # of low-rank changes can have roles of their own: {"A": "backbone"}
-    dtype: str = "float32"  # or "bfloat16", of what is frozen and of the work; what learns is always in float32
+    dtype: str = "float32"  # or "bfloat16", of what is frozen and of the work on it; what learns is in float32
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         self.n_hidden = self.n_hidden or 4 * self.n_embd
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.dtype == "bfloat16" and self.expert != "lora":
+            raise ValueError("dtype bfloat16 is of what is frozen: it needs expert lora")
         if self.n_experts < 1:
             raise ValueError("a layer needs an expert: generalists + specialists is 0")
 
@@ -96,27 +96,15 @@ def table(rows: int, config: GPTConfig) -> nn.Embedding:
     return having_role(config.trunk_role, nn.Embedding.from_pretrained(torch.empty(rows, config.n_embd), freeze=False))
 
 
-class RMSNorm(nn.RMSNorm):
-    """x / √(mean of x² + ε), times a weight: LayerNorm without the mean (Zhang, Sennrich 2019). (..., C) -> (..., C)"""
-
-
-NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
+NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}  # x / √(mean of x² + ε); a LayerNorm takes the mean off x first
 
 
 def norm(config: GPTConfig) -> nn.Module:
     return having_role(config.trunk_role, NORMS[config.norm](config.n_embd, config.norm_eps))
 
 
-class Linear(nn.Linear):
-    """A linear map whose numbers, where they learn, are rounded to the dtype of what they meet."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
 class LowRank(nn.Module):
-    """A low-rank change of a linear map W: (n, n_in) -> (n, n_out), α/√r · B A x, added to W x if that is given.
-    B = 0 at the start: no change.
+    """A low-rank change s·B A of a linear map, s = α/√r. B = 0 at the start: no change.
 
     LoRA (Hu et al. 2021, section 4.1) with the scale of rsLoRA (Kalajdzievski 2023), as in the paper.
     """
@@ -126,7 +114,6 @@ class LowRank(nn.Module):
     def __init__(self, n_in: int, n_out: int, rank: int, role: str):
         super().__init__()
         self.role = role
-        self.scale = self.scale_of(rank)
         self.A = nn.Parameter(torch.empty(rank, n_in))
         self.B = nn.Parameter(torch.empty(n_out, rank))
 
@@ -134,21 +121,31 @@ class LowRank(nn.Module):
     def scale_of(cls, rank: int) -> float:
         return cls.ALPHA / rank ** 0.5
 
-    def forward(self, x: Tensor, Wx: Tensor | None = None) -> Tensor:
-        z, B = self.scale * F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)  # (n, r), (n_out, r)
-        return F.linear(z, B) if Wx is None else torch.addmm(Wx, z, B.t())
 
+class ChangedLinear(nn.Linear):
+    """A frozen linear map W with E low-rank changes, a role for each: W x + Σ s·B_e A_e x."""
 
-class ChangedLinear(Linear):
-    """A frozen linear map with a low-rank change, which is a generalist."""
-
-    def __init__(self, n_in: int, n_out: int, config: GPTConfig):
+    def __init__(self, n_in: int, n_out: int, config: GPTConfig, roles: list[str]):
         super().__init__(n_in, n_out, config.bias)
-        self.change = LowRank(n_in, n_out, config.lora_rank, GENERALIST)
+        self.changes = nn.ModuleList(LowRank(n_in, n_out, config.lora_rank, role) for role in roles)
+
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """All changes' s·A (E·r, n_in), one below the other, and B (n_out, E·r), side by side, in the dtype of x."""
+        A, B = torch.cat([change.A for change in self.changes]), torch.cat([change.B for change in self.changes], 1)
+        scale = LowRank.scale_of(len(A) // len(self.changes))
+        return (scale * A).to(x.dtype), B.to(x.dtype)
+
+    def frozen(self, x: Tensor) -> Tensor:
+        return super().forward(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)  # (n, n_in)
-        return self.change(rows, super().forward(rows)).unflatten(0, x.shape[:-1])
+        rows, (A, B) = x.flatten(0, -2), self.factors(x)  # (n, n_in)
+        return torch.addmm(self.frozen(rows), F.linear(rows, A), B.t()).unflatten(0, x.shape[:-1])
+
+
+def linear(n_in: int, n_out: int, config: GPTConfig, roles: list[str]) -> nn.Linear:
+    """A linear map; where experts are low-rank changes, a frozen one with changes of these roles."""
+    return ChangedLinear(n_in, n_out, config, roles) if config.expert == "lora" else nn.Linear(n_in, n_out, config.bias)
 
 
 def turns(config: GPTConfig, positions: Tensor) -> Tensor:
@@ -179,8 +176,8 @@ class Attention(nn.Module):
         self.role = config.trunk_role
         self.H, self.K, C = config.n_head, config.n_kv_head, config.n_embd
         self.D = C // self.H
-        linear = partial(ChangedLinear, config=config) if config.expert == "lora" else partial(Linear, bias=config.bias)
-        self.qkv, self.out = linear(C, (self.H + 2 * self.K) * self.D), linear(C, C)
+        self.qkv = linear(C, (self.H + 2 * self.K) * self.D, config, [GENERALIST])
+        self.out = linear(C, C, config, [GENERALIST])
 
     def forward(self, x: Tensor, turn: Tensor | None = None, past: Past | None = None) -> Tensor:
         B, T, C = x.shape
@@ -204,14 +201,13 @@ class Expert(nn.Module):
     def __init__(self, config: GPTConfig, role: str):
         super().__init__()
         self.role = role
-        C, F = config.n_embd, config.n_hidden
+        C, F, kinds = config.n_embd, config.n_hidden, config.kinds
         self.gelu = "tanh" if config.feed_forward == "gelu-tanh" else "none"
-        self.gate = Linear(C, F, config.bias) if config.feed_forward == "swiglu" else None
-        self.up = Linear(C, F, config.bias)
-        self.down = Linear(F, C, config.bias)
+        self.gate = linear(C, F, config, kinds) if config.feed_forward == "swiglu" else None
+        self.up, self.down = linear(C, F, config, kinds), linear(F, C, config, kinds)
 
     @property
-    def into(self) -> list[Linear]:
+    def into(self) -> list[nn.Linear]:
         return [self.up, self.gate] if self.gate else [self.up]
 
     def activated(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -291,26 +287,6 @@ class MLPExperts(nn.ModuleList):
         return torch.zeros_like(x).index_add(0, token, gates * outputs)
 
 
-class LoRAExpert(nn.Module):
-    """One expert: low-rank changes of all matrices of a feed-forward block."""
-
-    def __init__(self, config: GPTConfig, role: str):
-        super().__init__()
-        C, F, r = config.n_embd, config.n_hidden, config.lora_rank
-        self.gate = LowRank(C, F, r, role) if config.feed_forward == "swiglu" else None
-        self.up, self.down = LowRank(C, F, r, role), LowRank(F, C, r, role)
-
-    @property
-    def into(self) -> list[LowRank]:
-        return [self.up, self.gate] if self.gate else [self.up]
-
-
-def side_by_side(changes: Iterable[LowRank], x: Tensor) -> tuple[Tensor, Tensor]:
-    """s·A (E·r, n_in) and B (n_out, E·r) of E changes, in the dtype of x."""
-    A = torch.cat([change.scale * change.A for change in changes])
-    return A.to(x.dtype), torch.cat([change.B for change in changes], 1).to(x.dtype)
-
-
 class LoRAExperts(nn.Module):
     """E low-rank changes of one frozen feed-forward block U, D, and their mixture: (N, C) -> (N, C).
 
@@ -318,28 +294,25 @@ class LoRAExperts(nn.Module):
         y = Σ gate_e · expert_e(x) = D Σ gate_e·h_e + s·B' Σ [e]·A' (gate_e·h_e),    over the chosen e
 
     The frozen U and D (and Llama's gate, which is changed like U) are applied once to a token, however many experts it
-    goes to. A and B hold all experts' factors side by side, and [e] is 1 at the ranks of expert e, 0 elsewhere: that is
-    a little more work than multiplying by A_e and B_e only, but all tokens do it at once.
+    goes to. A and B hold all experts' factors, and [e] is 1 at the ranks of expert e, 0 elsewhere: a little more work
+    than with A_e and B_e alone, but all tokens can do it at once.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.block = Expert(config, BACKBONE)
-        self.changes = nn.ModuleList(LoRAExpert(config, kind) for kind in config.kinds)
+        self.E = config.n_experts
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         block, hidden, low = self.block, 0, 0
-        into = [(linear(x), *side_by_side(changes, x)) for linear, changes in zip(
-            block.into, zip(*(change.into for change in self.changes), strict=True), strict=True)]
-        into = [(Wx, F.linear(x, A), B.t()) for Wx, A, B in into]  # (N, F), (N, E·r), (E·r, F)
-        A, B = side_by_side([change.down for change in self.changes], x)  # (E·r, F), (C, E·r)
-        own = F.one_hot(routing.chosen, len(self.changes)).to(x.dtype)  # (N, k, E)
-        own = own.repeat_interleave(len(A) // len(self.changes), 2)  # (N, k, E·r)
-        for weight, ranks in zip(routing.gates.unbind(1), own.unbind(1), strict=True):  # a token's k choices
-            h = block.activated(*(torch.addmm(Wx, ranks * z, B_in) for Wx, z, B_in in into))
-            h = weight[:, None] * h  # (N, F)
-            hidden, low = hidden + h, low + ranks * F.linear(h, A)  # (N, F), (N, E·r)
-        return torch.addmm(block.down(hidden), low, B.t())
+        into = [(matrix.frozen(x), *matrix.factors(x)) for matrix in block.into]
+        into = [(Ux, F.linear(x, A), B.t()) for Ux, A, B in into]  # (N, F), (N, E·r), (E·r, F)
+        A, B = block.down.factors(x)  # (E·r, F), (C, E·r)
+        own = F.one_hot(routing.chosen, self.E).to(x.dtype).repeat_interleave(len(A) // self.E, 2)  # (N, k, E·r)
+        for gate, e in zip(routing.gates.unbind(1), own.unbind(1), strict=True):  # the k experts of each token
+            h = gate[:, None] * block.activated(*(torch.addmm(Ux, e * z, B_into) for Ux, z, B_into in into))  # (N, F)
+            hidden, low = hidden + h, low + e * F.linear(h, A)  # (N, F), (N, E·r)
+        return torch.addmm(block.down.frozen(hidden), low, B.t())
 
 
 EXPERTS = {"mlp": MLPExperts, "lora": LoRAExperts}  # kinds of experts: a module (x, routing) -> y
@@ -488,24 +461,19 @@ class GPT(nn.Module):
             x = x + self.positions(positions)
         else:
             turn = turns(self.config, positions)
-        if self.config.dtype == "bfloat16":
-            x = x.bfloat16()  # and so is all that is made of it
         routings, none = [], [None] * len(self.blocks)
         for block, weights, past in zip(self.blocks, none if gates is None else gates, pasts or none, strict=True):
             x, routing = block(x, weights, turn, past)
             routings.append(routing)
         return self.norm(x), routings
 
-    def head_weight(self, hidden: Tensor) -> Tensor:
-        return (self.head or self.tokens).weight.to(hidden.dtype)  # (V, C)
-
     def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.head_weight(hidden))  # (..., C) -> (..., V)
+        return F.linear(hidden, (self.head or self.tokens).weight)  # (..., C) -> (..., V)
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of targets (B, T), given hidden states (B, T, C)."""
-        # F.cross_entropy(self.logits(hidden), targets), without all logits at once
-        return kernels.head_loss(hidden.flatten(0, 1), self.head_weight(hidden), targets.flatten())
+        weight = (self.head or self.tokens).weight  # (V, C)
+        return kernels.head_loss(hidden.flatten(0, 1), weight, targets.flatten())
 
     def forward(self, idx: Tensor, targets: Tensor | None = None,
                 gates: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
@@ -513,36 +481,3 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(hidden), None
         return None, self.loss(hidden, targets)
-
-    def generate(self, idx: Tensor, n: int, **how) -> Tensor:
-        """idx and n sampled tokens after it, as `stream` makes them: (B, T) -> (B, T + n)."""
-        return torch.cat([idx, *self.stream(idx, n, **how)], 1)
-
-    @torch.no_grad()
-    def stream(self, idx: Tensor, n: int, temperature: float = 1.0, top_k: int | None = None,
-               generator: torch.Generator | None = None, cache: bool = True, vocabulary: int | None = None,
-               gates: Tensor | None = None) -> Iterator[Tensor]:
-        """Sample n tokens after idx (B, T), (B, 1) each. Temperature 0 takes the likeliest token. vocabulary: how many
-        tokens there are, where a tokenizer has fewer than the model.
-
-        What a token sees begins where the text begins, until that is more than block_size away; then the beginning
-        moves on by half of that. In between, keys and values are kept (or, without the cache, computed anew).
-        """
-        half, start, pasts = (self.config.block_size + 1) // 2, 0, [[] for _ in self.blocks]
-        unread = idx  # (B, t)
-        for _ in range(n):
-            if idx.shape[1] - start > self.config.block_size or not cache:
-                start = max(0, -(-(idx.shape[1] - self.config.block_size) // half) * half)
-                unread, pasts = idx[:, start:], [[] for _ in self.blocks]
-            hidden, _ = self.trunk(unread, gates, pasts)
-            logits = self.logits(hidden[:, -1])[:, :vocabulary].float()  # (B, V)
-            logits -= logits.amax(1, keepdim=True)
-            if top_k is not None:
-                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
-                logits = logits.masked_fill(logits < kth, -torch.inf)
-            if temperature == 0:
-                unread = logits.argmax(-1, keepdim=True)  # (B, 1)
-            else:
-                unread = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)  # (B, 1)
-            idx = torch.cat((idx, unread), 1)
-            yield unread

@@ -20,6 +20,7 @@ from model import GPT, GPTConfig
 from support import folder, page, pretrained
 from support.errors import BadInput
 from support.folder import Learned
+from support.sampling import stream
 from support.settings import Settings, check, parsed, setting, status_of
 
 
@@ -63,9 +64,8 @@ def load(run: Path) -> tuple[dict, list[Learned], tiktoken.Encoding]:
 def continued(user: Learned, sampling: Sampling, tokenizer: tiktoken.Encoding) -> Iterator[str]:
     """The prompt, and then the text of each new token."""
     prompt = torch.tensor([[tokenizer.eot_token, *tokenizer.encode_ordinary(sampling.prompt or "")]])
-    new = user.model.stream(prompt, sampling.tokens, sampling.temperature, min(sampling.top_k, tokenizer.n_vocab),
-                            torch.Generator().manual_seed(sampling.seed), vocabulary=tokenizer.n_vocab,
-                            gates=user.gates)
+    new = stream(user.model, prompt, sampling.tokens, sampling.temperature, min(sampling.top_k, tokenizer.n_vocab),
+                 torch.Generator().manual_seed(sampling.seed), vocabulary=tokenizer.n_vocab, gates=user.gates)
     yield sampling.prompt or ""
     yield from page.decode((token.item() for token in new), tokenizer, end="\n\n")
 

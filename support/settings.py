@@ -187,6 +187,8 @@ class Settings(Training):
              "a user with `specialists` 0 has no expert", "give either at least 1"),
             (self.expert == "lora" and self.init_from == "scratch", "expert",
              "changes a base, and `init_from` scratch has none", "give `init_from` a file"),
+            (self.expert != "lora" and self.dtype == "bfloat16", "dtype", "is of what is frozen, and nothing is",
+             "give `expert` lora, or leave it out"),
             (self.init_from != "scratch" and self.n_layer, "n_layer", "`init_from` has its own", "leave it out"),
             (self.init_from != "scratch" and self.n_embd, "n_embd", "`init_from` has its own", "leave it out"),
             (self.source and self.data not in CORPORA, "source", f"`data` {self.data} is not a named corpus",

@@ -71,7 +71,7 @@ def resumed() -> list:
 def test_whatever_the_method_and_whenever_it_is_cut_off_a_run_ends_with_the_same_bits(flags, lora, moment):
     cut(command(f"{RUN} {flags}", "cut", lora), *moment)
     if "hetlora" in flags:  # somebody has pruned itself
-        A = "blocks.0.attention.qkv.change.A"
+        A = "blocks.0.attention.qkv.changes.0.A"
         assert [len(user["parameters"][A]) for user in state("cut")["users"]] != [8, 7, 6]
     assert same(resumed(), whole(f"{RUN} {flags}", lora))
 

@@ -2,10 +2,10 @@
 
 import math
 import re
-from copy import deepcopy
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from model import (
     BACKBONE,
@@ -21,7 +21,8 @@ from model import (
     dense_gates,
     turns,
 )
-from tiny import LLAMA, SHAPE, Watched, seeded, tiny
+from support.sampling import generate
+from tiny import LLAMA, SHAPE, Watched, as_in, seeded, tiny
 
 
 def experts_of(moe: MoE) -> list:
@@ -30,15 +31,12 @@ def experts_of(moe: MoE) -> list:
         return list(moe.experts)
     block = moe.experts.block
 
-    def whole(change):
-        expert = deepcopy(block)
-        for name in ("up", "gate", "down"):
-            if linear := getattr(expert, name):
-                low, weight = getattr(change, name), getattr(block, name).weight
-                del linear.weight
-                linear.weight = weight + 16 / math.sqrt(len(low.A)) * low.B @ low.A
-        return expert
-    return [whole(change) for change in moe.experts.changes]
+    def expert(e: int):
+        def changed(matrix, x):
+            low = matrix.changes[e]
+            return F.linear(x, matrix.weight + 16 / math.sqrt(len(low.A)) * low.B @ low.A, matrix.bias)
+        return lambda x: changed(block.down, block.activated(*(changed(matrix, x) for matrix in block.into)))
+    return [expert(e) for e in range(moe.n_experts)]
 
 
 def dense_mixture(moe: MoE, x: torch.Tensor) -> torch.Tensor:
@@ -79,8 +77,10 @@ def test_only_chosen_experts_compute_and_one_without_tokens_changes_and_learns_n
     assert 2 not in routing.chosen
     torch.testing.assert_close(y, dense_mixture(moe, x), rtol=0, atol=1e-10)
     y.sum().backward()
-    idle = moe.experts[2] if expert == "mlp" else moe.experts.changes[2]
-    assert all(not parameter.grad.any() for parameter in idle.parameters())
+    own = "experts.2." if expert == "mlp" else "changes.2."
+    idle = [parameter for name, parameter in moe.named_parameters() if own in name]
+    assert all(not parameter.grad.any() for parameter in idle)
+    assert len(idle) == 4
 
 
 def test_by_expert_and_dense_gates_of_their_docstrings():
@@ -117,11 +117,11 @@ def test_without_a_router_experts_are_averaged_and_given_gates_stand_in_for_a_ro
 @pytest.mark.parametrize("top_k", [2, 4])
 def test_in_bfloat16_gates_are_float32_and_sum_to_1_and_are_close_to_the_exact_ones(top_k):
     idx = torch.randint(11, (8, 6), generator=seeded(0))
-    (exact, _), (rounded, _) = (tiny(specialists=3, top_k=top_k, dtype=dtype).float().trunk(idx)[1]
+    (exact, _), (rounded, _) = (as_in(dtype, specialists=3, top_k=top_k).trunk(idx)[1]
                                 for dtype in ("float32", "bfloat16"))
     assert rounded.gates.dtype == torch.float32
     assert (rounded.gates.sum(-1) - 1).abs().max() < 1e-6
-    assert 0 < (rounded.gates - exact.gates).abs().max() < 0.02
+    assert 0 < (rounded.gates - exact.gates).abs().max() < 0.03
 
 
 def test_of_models_from_scratch_everything_is_generalist_but_later_experts_and_routers():
@@ -136,8 +136,8 @@ def test_of_low_rank_models_everything_is_backbone_but_changes_and_routers():
     """Attention's two changes are generalists, as are the first expert's. Only the backbone doesn't learn."""
     model = tiny(specialists=2, expert="lora")
     by_role = {role: set(model.having(role)) for role in ROLES}
-    pairs = [f"blocks.{i}.attention.{part}.change" for i in range(2) for part in ("qkv", "out")]
-    pairs += [f"blocks.{i}.moe.experts.changes.0.{part}" for i in range(2) for part in ("up", "down")]
+    pairs = [f"blocks.{i}.attention.{part}.changes.0" for i in range(2) for part in ("qkv", "out")]
+    pairs += [f"blocks.{i}.moe.experts.block.{part}.changes.0" for i in range(2) for part in ("up", "down")]
     assert by_role[GENERALIST] == {f"{pair}.{factor}" for pair in pairs for factor in "AB"}
     assert by_role[SPECIALIST] == {name for name in model.roles if re.search("changes.[12]", name)}
     assert by_role[ROUTER] == {name for name in model.roles if ".router." in name}
@@ -163,9 +163,9 @@ def test_a_method_can_give_a_role_or_a_factor_another_role_and_nothing_may_be_wi
             kind(GPTConfig(**SHAPE, roles=roles))
 
 
-@pytest.mark.parametrize("wrong", [dict(n_embd=9), dict(generalists=0, specialists=0)])
+@pytest.mark.parametrize("wrong", [dict(n_embd=9), dict(generalists=0, specialists=0), dict(dtype="bfloat16")])
 def test_an_impossible_shape_is_refused(wrong):
-    with pytest.raises(ValueError, match="n_embd|expert"):
+    with pytest.raises(ValueError, match="n_embd|expert|frozen"):
         GPTConfig(**SHAPE | wrong)
 
 
@@ -244,7 +244,7 @@ def test_tokens_behind_a_past_one_or_several_are_computed_as_in_the_whole_text(s
 def test_a_token_sees_the_text_from_the_first_half_window_on_from_which_it_fits(window, prompt, cache, gates):
     """Independently: halves of a window are counted from the text's beginning, and rounded up."""
     model, text = tiny(block_size=window), torch.randint(11, (2, prompt), generator=seeded(0))
-    ours = model.generate(text, 30, temperature=0.8, generator=seeded(1), cache=cache, gates=gates)
+    ours = generate(model, text, 30, temperature=0.8, generator=seeded(1), cache=cache, gates=gates)
     generator, half = seeded(1), math.ceil(window / 2)
     for length in range(prompt, prompt + 30):
         start = next(start for start in range(0, length, half) if length - start <= window)
@@ -256,7 +256,7 @@ def test_a_token_sees_the_text_from_the_first_half_window_on_from_which_it_fits(
 def test_only_the_top_k_are_sampled_and_only_of_the_vocabulary_and_at_temperature_0_the_best():
     model, idx = tiny(), torch.randint(11, (1, 3), generator=seeded(0)).expand(100, -1)
     scores = model(idx)[0][0, -1]
-    assert (model.generate(idx, 1, temperature=0)[:, -1] == scores.argmax()).all()
+    assert (generate(model, idx, 1, temperature=0)[:, -1] == scores.argmax()).all()
     for how, allowed in ((dict(top_k=3), scores.topk(3).indices.tolist()), (dict(vocabulary=4), range(4))):
-        sampled = model.generate(idx, 1, temperature=100.0, generator=seeded(1), **how)[:, -1]
+        sampled = generate(model, idx, 1, temperature=100.0, generator=seeded(1), **how)[:, -1]
         assert set(sampled.tolist()) == set(allowed)

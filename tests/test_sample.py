@@ -53,12 +53,13 @@ def test_flags_reach_the_model_and_the_seed_decides(corpus, tiny_base, capsys):
     assert re.fullmatch("anna:\n123.*\n\nbert:\n123.*\n\ncleo:\n123.*", said("--user all --prompt 123"), re.S)
 
 
-def test_what_is_sampled_is_said_half_characters_included_and_the_tokenizer_has_it():
+def test_what_is_sampled_is_said_half_characters_included_and_the_tokenizer_has_it(monkeypatch):
+    assert set(map(int, sample.stream(tiny(), torch.zeros(1, 1).long(), 60, 9.0, vocabulary=3))) == {0, 1, 2}
     stream = Mock(return_value=map(torch.tensor, [0xC3, 0xA9, 0xFF, 0xC3, 256, 0xA9, 65]))
-    user, sampling = Learned("a", Mock(stream=stream), "gates"), sample.Sampling("run", prompt="!")
+    monkeypatch.setattr(sample, "stream", stream)
+    user, sampling = Learned("a", None, "gates"), sample.Sampling("run", prompt="!")
     assert "|".join(sample.continued(user, sampling, data.tokenizer("bytes"))) == "!||é|\ufffd||\ufffd\n\n|\ufffd|A"
     assert [stream.call_args.kwargs[name] for name in ("vocabulary", "gates")] == [257, "gates"]
-    assert set(map(int, tiny().stream(torch.zeros(1, 1).long(), 60, 9.0, vocabulary=3))) == {0, 1, 2}
 
 
 def test_bad_input_is_one_line_and_status_2(corpus, tiny_base, capsys):

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bilevel import Rhythm, constant
 from federated import Message, Server, User, federated_round, size_of
 from methods import METHODS
-from model import GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig
+from model import BACKBONE, GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig
 
 SHAPE = dict(vocab_size=11, block_size=6, n_layer=2, n_head=2, n_embd=8)
 LLAMA = dict(n_kv_head=1, n_hidden=12, feed_forward="swiglu", norm="rms", rotary_base=100.0, rotary_factors=[1.0, 2.0],
@@ -41,6 +41,14 @@ def tiny(seed: int = 0, spread: float = 0.5, **config) -> GPT:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, spread, generator=generator)
+    return model
+
+
+def as_in(dtype: str, **config) -> GPT:
+    """A low-rank model whose frozen numbers are in that dtype, and the others in float32."""
+    model = tiny(**config, expert="lora", dtype=dtype).float()
+    for parameter in model.having(BACKBONE).values():
+        parameter.data = parameter.to(getattr(torch, dtype))
     return model
 
 
