@@ -1,13 +1,14 @@
-"""The network: a GPT in which every feed-forward block is a top-k mixture of experts.
+"""The network: a GPT-2 or a Llama in which every feed-forward block is a top-k mixture of experts.
 
-Read it from top to bottom: the configuration, low-rank changes, attention, the router, the two kinds of experts, the
-mixture, the block, the whole. Nothing here knows about users, rounds or levels; the model only says which role each of
-its parameters has.
+Read it from top to bottom: the configuration, which says what separates the two, low-rank changes, attention, the
+router, the two kinds of experts, the mixture, the block, the whole. Nothing here knows about users, rounds or levels;
+the model only says which role each of its parameters has.
 
     python -m pytest tests/test_model.py
 
-Shapes: B sequences of T tokens, C channels, H heads, V vocabulary, L layers; N = B·T tokens in a row,
-E experts in a layer, k of them chosen for a token, r the rank of their changes.
+Shapes: B sequences of T tokens, C channels, H heads of D channels, K heads of keys and values, F channels inside a
+feed-forward block, V vocabulary, L layers; N = B·T tokens in a row, E experts in a layer, k of them chosen for a token,
+r the rank of their changes.
 """
 
 import re
@@ -379,9 +380,8 @@ class GPT(nn.Module):
         self.initialize(generator, pretrained or {})
 
     @classmethod
-    def from_pretrained(cls, name_or_file: str | Path, generator: torch.Generator | None = None,
-                        **overrides) -> "GPT":
-        """A model that starts as a pretrained one: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a file.
+    def from_pretrained(cls, name_or_file: str | Path, generator: torch.Generator | None = None, **overrides) -> "GPT":
+        """A model that starts as a pretrained one: smollm2, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a file.
 
         overrides: fields of GPTConfig, such as expert="lora". The first logits are the base's, whatever the experts.
         Raises ValueError, one line, where there is no such model.
@@ -472,8 +472,7 @@ class GPT(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of targets (B, T), given hidden states (B, T, C)."""
-        weight = (self.head or self.tokens).weight  # (V, C)
-        return kernels.head_loss(hidden.flatten(0, 1), weight, targets.flatten())
+        return kernels.head_loss(hidden.flatten(0, 1), (self.head or self.tokens).weight, targets.flatten())
 
     def forward(self, idx: Tensor, targets: Tensor | None = None,
                 gates: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:

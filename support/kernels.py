@@ -1,13 +1,10 @@
-"""The fast forms of two plain ones in model.py, with gradients written by hand. A reader of the paper can skip them.
+"""The fast forms of two plain ones in model.py. A reader of the paper can skip them.
 
     python -m pytest tests/test_kernels.py
 
-`low_rank_mixture` is LoRAExperts' sum over experts: it sorts tokens by expert, so that only chosen experts compute.
-`head_loss` is the cross-entropy of the head's logits: it never holds the logits of all positions at once. Both keep few
-large tensors for the backward pass and make the rest anew, which is where the time goes on a CPU. Neither has second
-derivatives.
+`attention` is attention's softmax, with a form of its own for bfloat16 on a CPU. `head_loss` is the cross-entropy of
+the head's logits, which never holds the logits of all positions at once; it has no second derivatives.
 """
-
 
 import torch
 from torch import Tensor

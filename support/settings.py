@@ -84,7 +84,7 @@ def check(settings) -> None:
 
 
 SCRATCH = dict(n_layer=3, n_head=4, n_embd=128)  # the shape, where no base decides
-USUAL = {  # what suits a small model, and a language model that others pretrained
+USUAL = {  # what suits a small model, and one that others pretrained
     "batch_size": (8, 2), "block_size": (64, 128), "rounds": (64, 20), "lr": (6e-3, 2e-3), "warmup": (100, 20),
     "eval_every": (16, 5)}
 
@@ -112,10 +112,12 @@ class Training:
     compile: bool = setting(False, "compile the models with torch.compile", bool)
     overwrite: bool = setting(False, "start anew in a folder that is in use", bool)
 
+    by_others = False  # whether it starts from a model that others pretrained
+
     def __post_init__(self):
-        for name, (small, large) in USUAL.items():
-            if getattr(self, name, 0) is None:
-                setattr(self, name, large if pretrained.by_others(getattr(self, "init_from", "scratch")) else small)
+        for name, values in USUAL.items():
+            if getattr(self, name, values) is None:
+                setattr(self, name, values[self.by_others])
         check(self)
 
 
@@ -202,6 +204,10 @@ class Settings(Training):
             if wrong:
                 refuse(name, getattr(self, name), why, remedy)
         METHODS[self.method].check(self)
+
+    @property
+    def by_others(self) -> bool:
+        return pretrained.by_others(self.init_from)
 
     @property
     def title(self) -> str:

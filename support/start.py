@@ -32,7 +32,7 @@ def multiplies_bfloat16(device: str) -> bool:
 def dtype_of(settings: Settings) -> str:
     if settings.dtype != "auto":
         return settings.dtype
-    frozen = settings.expert == "lora" and pretrained.by_others(settings.init_from)
+    frozen = settings.expert == "lora" and settings.by_others
     return "bfloat16" if frozen and multiplies_bfloat16(settings.device) else "float32"
 
 
