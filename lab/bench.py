@@ -1,9 +1,9 @@
 """Speed and memory, as ratios taken in one run: the machine's noise falls on both sides alike.
 
     python -m lab.bench             the default model, from scratch: fifteen seconds
-    python -m lab.bench kernels     what the hand-written gradients of support/kernels.py are worth: five minutes
     python -m lab.bench gpt2        GPT-2's shape (124M, random weights) with low-rank experts: six minutes
-    python -m lab.bench sample      sampling with and without the cache, at both sizes: half a minute
+    python -m lab.bench smollm2     SmolLM2-135M with low-rank experts, and with a LoRA of peft: four minutes
+    python -m lab.bench sample      sampling with and without the cache, at three sizes: a minute
 
 All take --device cuda. Rates and ratios are medians, with quartiles in brackets.
 """
@@ -15,35 +15,36 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
-from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bilevel import Level, Rhythm
 from federated import Server, User, federated_round
-from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig, LoRAExperts, MoE, Routing, precision
-from support.settings import SCRATCH, Settings
+from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig, LoRAExperts, MLPExperts, MoE
+from support import llama, pretrained
+from support.sampling import stream
+from support.settings import SCRATCH, USUAL, status_of
 
-DEFAULT, BATCH = dict(vocab_size=257, block_size=Settings.block_size, **SCRATCH), Settings.batch_size
-GPT2 = dict(vocab_size=50257, block_size=128, n_layer=12, n_head=12, n_embd=768, gelu="tanh", expert="lora")
-REPEATS, STEPS = 30, 5  # the latter of GPT-2, in each process
+LORA = dict(block_size=128, expert="lora")
+SHAPES = {"default": dict(vocab_size=257, block_size=USUAL["block_size"][0], **SCRATCH), "SmolLM2": LORA,
+          "GPT-2": dict(vocab_size=50257, n_layer=12, n_head=12, n_embd=768, feed_forward="gelu-tanh", **LORA)}
+DTYPES, COPIES = ("bfloat16", "float32"), "block copies"
+REPEATS, STEPS = 30, 8  # the latter where a step takes seconds
 MATRIX = 1024  # rows and columns of the matrices that are multiplied; on a GPU 8 times as many
 
 
 def timed(repeats: int, *works: Callable[[], object]) -> Tensor:
     """The seconds of each work, all of them in turn: (works, repeats)."""
-    times = []
+    marks = [time.perf_counter()]
     for work in works * (1 + repeats):
-        start = time.perf_counter()
         work()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return torch.tensor(times).view(-1, len(works))[1:].t()  # the first of each warms up
+        marks.append(time.perf_counter())
+    return torch.tensor(marks, dtype=torch.double).diff().float().view(-1, len(works))[1:].t()  # the first warms up
 
 
 def quartiles(values: Tensor) -> str:
@@ -51,29 +52,45 @@ def quartiles(values: Tensor) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def peak() -> float:
-    """The most that this process has held, in GB: of a GPU's memory if it uses one, otherwise of the machine's."""
-    return (torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
-
-
-def alone(work: Callable, *arguments):
-    """The result of a work in a process of its own, so that its peak memory and its heap are its own."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
-
-
 def step_operations(config: GPTConfig, B: int) -> int:
     """Operations that a training step needs, two per multiply-add: the forward pass, as much again for the gradients
     of activations and, where weights learn, for those of weights."""
-    C, T, V, L, E = config.n_embd, config.block_size, config.vocab_size, config.n_layer, config.n_experts
-    k, r = min(config.top_k, E), config.lora_rank
+    C, F, T, L, E = config.n_embd, config.n_hidden, config.block_size, config.n_layer, config.n_experts
+    k, r, head = min(config.top_k, E), config.lora_rank, config.vocab_size * C
+    qkv = (config.n_head + 2 * config.n_kv_head) * C // config.n_head  # channels
+    M = 3 if config.feed_forward == "swiglu" else 2  # matrices of an expert
     always = C * (T + 1) + C * E  # attention's scores and mixing, over the tokens up to this one; the router
     if config.expert == "mlp":
-        return 3 * 2 * B * T * (L * (4 * C * C + k * 8 * C * C + always) + V * C)
-    low_rank = r * (C + 3 * C) + r * (C + C) + k * 2 * r * (C + 4 * C)
-    frozen = L * 12 * C * C + V * C
-    first = 3 * C * C  # the first layer's q, k and v: nothing below them learns
+        return 3 * 2 * B * T * (L * (C * qkv + C * C + k * M * C * F + always) + head)
+    low_rank = r * (C + qkv) + r * (C + C) + k * M * r * (C + F)
+    frozen, first = L * (C * qkv + C * C + M * C * F) + head, C * qkv  # below the first layer's qkv nothing learns
     return 2 * B * T * (2 * frozen - first + 3 * L * (low_rank + always))
+
+
+class BlockCopies(MLPExperts):
+    """Low-rank experts the naive way, separate ones: each is its own copy of the frozen block with its own changes."""
+
+    def __init__(self, experts: LoRAExperts):
+        nn.ModuleList.__init__(self, (deepcopy(experts.block) for _ in range(experts.E)))
+        for e, block in enumerate(self):
+            for matrix in (*block.into, block.down):
+                matrix.changes = matrix.changes[e:e + 1]
+
+
+def models_of(name: str, kind: str, specialists: list[int], device: str, **more) -> list[GPT]:
+    """A model for each number of specialists, on one base, which is random or SmolLM2's. kind: a dtype, or COPIES, in
+    float32. more: fields of GPTConfig."""
+    shape = SHAPES[name] | {"dtype": "float32" if kind == COPIES else kind} | more
+    start = pretrained.load("smollm2", shape["block_size"], dtype=kind) if name == "SmolLM2" else None
+    shape = (start.config if start else {}) | shape
+    base = start.tensors if start else {
+        GPT.plain_name(name): p for name, p in GPT(GPTConfig(**shape)).having(BACKBONE).items()}
+    models = [GPT(GPTConfig(**shape, specialists=S), pretrained=base).to(device) for S in specialists]
+    for model in models if kind == COPIES else ():
+        for block in model.blocks:
+            block.moe.experts = BlockCopies(block.moe.experts)
+        model.roles = model.find_roles()
+    return models
 
 
 def level_of(parameters: dict[str, nn.Parameter], config: GPTConfig, B: int, device: str) -> Level:
@@ -86,63 +103,58 @@ def expert_step(model: GPT, B: int, device: str) -> Callable[[], Tensor]:
     return partial(level_of(model.having(GENERALIST, SPECIALIST), model.config, B, device).step, model)
 
 
-class BlockCopies(nn.Module):
-    """Low-rank experts the naive way: each is its own copy of the frozen block with its own changes, and they work one
-    after the other, each on the tokens that chose it: (N, C) -> (N, C), as LoRAExperts."""
+def race(name: str, kinds: tuple, specialists: list[int], others: dict, repeats: int, B: int, device: str) -> None:
+    """Training steps that take turns; others build models of transformers. Prints tokens per second, of ours also the
+    share of the rate at which matrices of their dtype are multiplied, and ratios of steps that differ in one thing."""
+    models = {f"{1 + S} experts, {kind}": model for kind in kinds
+              for S, model in zip(specialists, models_of(name, kind, specialists, device), strict=True)}
+    steps, products = {what: expert_step(model, B, device) for what, model in models.items()}, {}
+    n, config = MATRIX * (8 if device.startswith("cuda") else 1), next(iter(models.values())).config
+    for what, build in others.items():
+        try:
+            other = build().to(device)
+            learning = {name: p for name, p in other.named_parameters() if p.requires_grad}
+            steps[what] = partial(level_of(learning, config, B, device).step, lambda idx, targets, other=other: (
+                None, other(input_ids=idx, labels=targets, use_cache=False).loss))
+        except ImportError as error:
+            print(f"{what}: needs {error.name}")
+    for dtype in {model.config.dtype for model in models.values()}:
+        a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, dtype))
+        products[dtype] = lambda a=a, b=b: [a @ b for _ in range(10)]
+    seconds = dict(zip((*steps, *products), timed(repeats, *steps.values(), *products.values()), strict=True))
+    ideal = {what: step_operations(model.config, B) / (10 * 2 * n ** 3) * seconds[model.config.dtype]
+             for what, model in models.items()}
+    for what in steps:
+        share = f", share of the matmul rate {quartiles(ideal[what] / seconds[what])}" if what in ideal else ""
+        print(f"{what}: tokens/s {quartiles(B * config.block_size / seconds[what])}{share}")
+    for one, other in itertools.combinations(steps, 2):
+        if set(one.split(", ")) & set(other.split(", ")):
+            print(f"{one} / {other}: {quartiles(seconds[other] / seconds[one])} times the tokens per second")
 
-    def __init__(self, experts: LoRAExperts):
-        super().__init__()
-        self.changes = experts.changes
-        self.blocks = nn.ModuleList(deepcopy(experts.block) for _ in self.changes)
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        y = torch.zeros_like(x)
-        for e, (block, change) in enumerate(zip(self.blocks, self.changes, strict=True)):
-            token, place = torch.where(routing.chosen == e)  # (n_e,) each
-            x_e = x[token]  # (n_e, C)
-            h = block.gelu(block.up(x_e) + change.up(x_e))  # (n_e, 4C)
-            y[token] += routing.gates[token, place, None] * (block.down(h) + change.down(h))
-        return y
+def dense_gpt2() -> nn.Module:
+    """A GPT of the default shape that does the work of two experts without a mixture."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    return GPT2LMHeadModel(GPT2Config(
+        vocab_size=257, n_positions=SHAPES["default"]["block_size"], n_inner=2 * 4 * SCRATCH["n_embd"],
+        activation_function="gelu", bos_token_id=0, eos_token_id=0, **SCRATCH)).eval()  # without dropout
 
 
-def steps_of(copies: bool, config: GPTConfig, repeats: int, B: int, device: str) -> tuple[Tensor, str]:
-    """Of training steps: tokens per second, and shares of the rate at which the machine multiplies matrices,
-    (2, repeats); and how large all was. copies: with BlockCopies, and all else in its plain form."""
-    model = GPT(replace(config, fast=not copies)).to(device)
-    for block in model.blocks if copies else ():
-        block.moe.experts = BlockCopies(block.moe.experts)
-    model.roles = model.find_roles()
-    n, dtype = (8 * MATRIX, torch.bfloat16) if device.startswith("cuda") else (MATRIX, torch.float32)
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    step, product = timed(repeats, expert_step(model, B, device), lambda: [a @ b for _ in range(10)])
-    share = step_operations(config, B) / step / (10 * 2 * n ** 3 / product)
-    size = f"{sum(p.numel() for p in model.parameters()):,} parameters, peak {peak():.2f} GB"
-    return torch.stack([B * config.block_size / step, share]), size
+def peft_of(dtype: str) -> nn.Module:
+    """What one would take instead: SmolLM2 with a single low-rank change of every matrix."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, GgufConfig
+    path = llama.File("smollm2", "init_from").path
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=getattr(torch, dtype),
+                                                 quantization_config=GgufConfig(dequantize=True))
+    return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear")).train()
 
 
 def bench_scratch(device: str) -> None:
     """The default step, as a share of the matmul rate and over a dense one; a mixture over a dense block."""
-    config = GPTConfig(**DEFAULT)
-    C, hidden = config.n_embd, config.top_k * 4 * config.n_embd
-    (tokens, share), _ = steps_of(False, config, REPEATS, BATCH, device)
-    print(f"training step: tokens/s {quartiles(tokens)}, share of matmul rate {quartiles(share)}")
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel
-        dense = GPT2LMHeadModel(GPT2Config(
-            vocab_size=257, n_positions=config.block_size, n_inner=hidden, activation_function="gelu",
-            bos_token_id=0, eos_token_id=0, **SCRATCH)).to(device).eval()  # without dropout
-
-        def model(idx: Tensor, targets: Tensor) -> tuple[None, Tensor]:
-            with precision(idx):
-                return None, F.cross_entropy(dense(idx, use_cache=False).logits.flatten(0, 1), targets.flatten())
-
-        ours, theirs = timed(REPEATS, expert_step(GPT(config).to(device), BATCH, device), partial(
-            level_of(dict(dense.named_parameters()), config, BATCH, device).step, model))
-        print(f"training step / plain dense step: {quartiles(ours / theirs)}")
-    except ImportError:
-        print("training step / plain dense step: needs transformers; pip install -r requirements-dev.txt")
-    moe = MoE(replace(config, specialists=8)).to(device)
-    block = nn.Sequential(nn.Linear(C, hidden), nn.GELU(), nn.Linear(hidden, C)).to(device)
+    race("default", ("float32",), [1], {"dense, float32": dense_gpt2}, REPEATS, USUAL["batch_size"][0], device)
+    moe, C = MoE(GPTConfig(**SHAPES["default"], specialists=8)).to(device), SCRATCH["n_embd"]
+    block = nn.Sequential(nn.Linear(C, 8 * C), nn.GELU(), nn.Linear(8 * C, C)).to(device)
     for N in (1024, 4096):
         x = torch.randn(1, N, C, device=device, requires_grad=True)
         ours, theirs = timed(
@@ -151,80 +163,70 @@ def bench_scratch(device: str) -> None:
         print(f"mixture of 9, top-2 / dense block of the same work, {N} tokens: {quartiles(ours / theirs)}")
 
 
-def bench_kernels(device: str) -> None:
-    """A step with plain forms over one with fast forms: above 1, support/kernels.py saves time. In the plain mixture
-    every expert works for every token: with 9 experts, most of what is saved is that, not hand-written gradients."""
-    for name, shape, B in (("default", DEFAULT | {"expert": "lora"}, BATCH), ("GPT-2", GPT2 | {"n_layer": 2}, 2)):
-        for experts in (2, 9):
-            steps = []
-            for mixture, head in ((False, False), (True, True), (True, False), (False, True)):
-                model = GPT(GPTConfig(**shape, specialists=experts - 1, fast=mixture)).to(device)
-                model.config = replace(model.config, fast=head)  # its layers were built with the other
-                steps.append(expert_step(model, B, device))
-            plain, *fast = timed(REPEATS, *steps)
-            both, mixture, head = (quartiles(plain / one) for one in fast)
-            print(f"{name}, {experts} experts, plain / fast: {both}; only mixture fast {mixture}; only head {head}")
-
-
-def federation(config: GPTConfig, specialists: list[int], B: int, device: str) -> tuple[int, list[int], float]:
-    """A round in which every user takes one step on each level. Returns how many different parameters the users have,
-    how many numbers they hold with Adam's moments after each user's turn, and the peak GB."""
-    base = {GPT.plain_name(name): frozen for name, frozen in GPT(config).having(BACKBONE).items()}
-    models = [GPT(replace(config, specialists=S), pretrained=base).to(device) for S in specialists]
-    users = [User("", model, *(level_of(model.having(*roles), config, B, device)
+def federation(name: str, kind: str, specialists: list[int], B: int, device: str) -> tuple[int, int, list[int], float]:
+    """A round in which every user takes one step on each level. Returns how many parameters one base has, how many
+    different ones the users have, how many numbers each of them adds, Adam's moments included, and this process's peak
+    in GB: of a GPU's memory if it uses one, otherwise of the machine's."""
+    models = models_of(name, kind, specialists, device)
+    users = [User("", model, *(level_of(model.having(*roles), model.config, B, device)
                                for roles in ((GENERALIST, SPECIALIST), (ROUTER,)))) for model in models]
-    server, numbers, held = Server(models[0].having(GENERALIST)), {}, []
+    server, numbers, added = Server(models[0].having(GENERALIST)), {}, []
     for user in users:
         federated_round(server, [user], Rhythm(1, 1, 1))
         states = [*user.lower.optimizer.state.values(), *user.upper.optimizer.state.values()]
         tensors = [*user.model.parameters(), *(tensor for state in states for tensor in state.values())]
         numbers |= {id(tensor): tensor.numel() for tensor in tensors if tensor.ndim}  # all but Adam's counts of steps
-        held.append(sum(numbers.values()))
-    return sum({id(p): p.numel() for model in models for p in model.parameters()}.values()), held, peak()
+        added.append(sum(numbers.values()) - sum(added))
+    one = sum({GPT.plain_name(name): p.numel() for name, p in models[0].having(BACKBONE).items()}.values())
+    peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return one, sum({id(p): p.numel() for model in models for p in model.parameters()}.values()), added, peak / 1e9
+
+
+def show_users(name: str, kind: str, specialists: list[int], B: int, device: str) -> None:
+    """Prints what they hold. Before this process holds much: a new one counts that as its own peak, too."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        one, parameters, added, peak = pool.submit(federation, name, kind, specialists, B, device).result()
+    print(f"{kind}, {len(added)} of {sorted(set(specialists))} specialists, batch {B}: {parameters:,} parameters, "
+          f"{parameters / one:.3f} of one {name}; peak {peak:.3f} GB; the last adds {added[-1]:,} numbers")
 
 
 def bench_gpt2(device: str) -> None:
-    """A step against block copies, each side in a process of its own, in turn; what users hold, and a further one."""
-    config, B = GPTConfig(**GPT2), 64 if device.startswith("cuda") else 8
-    for E in (2, 9):
-        sized, speeds = replace(config, specialists=E - 1), {"ours": [], "block copies": []}
-        for name in (*speeds, *speeds):
-            (tokens, share), size = alone(steps_of, name == "block copies", sized, STEPS, B, device)
-            print(f"{E} experts, {name}: tokens/s {quartiles(tokens)}, share of matmul rate {quartiles(share)}; {size}")
-            speeds[name].append(tokens)
-        ours, copies = map(torch.cat, speeds.values())
-        print(f"{E} experts, ours / block copies: {quartiles(ours / copies)} times the tokens per second")
-    with torch.device("meta"):  # a new process counts what this one holds as its own peak, too
-        one = sum(frozen.numel() for frozen in GPT(config).having(BACKBONE).values())
-    parameters, _, most = alone(federation, config, [1, 2, 4, 8], B, device)
-    print(f"users of 1, 2, 4 and 8 specialists: {parameters:,} parameters, {parameters / one:.3f} of one GPT-2; "
-          f"peak {most:.2f} GB")
-    (_, _, few), (_, held, many) = (alone(federation, config, [1] * users, 1, device) for users in (4, 64))
-    own = held[63] - held[62]
-    print(f"users of 1 specialist, batch 1: the 64th holds {own:,} numbers of its own, {own * 4 / 1e6:.1f} MB; "
-          f"peak {few:.2f} GB with 4, {many:.2f} GB with 64, {(many - few) * 1000 / 60:.1f} MB a user")
+    """What users hold, with block copies, too; a step in both dtypes, with block copies, and with 2 and 9 experts."""
+    B, kinds = 64 if device.startswith("cuda") else 8, (*DTYPES, COPIES)
+    for kind, specialists in (*itertools.product(kinds, ([1], [8])), ("bfloat16", [1, 2, 4, 8])):
+        show_users("GPT-2", kind, specialists, B, device)
+    for users in (4, 64):
+        show_users("GPT-2", "bfloat16", [1] * users, 1, device)
+    race("GPT-2", kinds, [1, 8], {}, STEPS, B, device)
+
+
+def bench_smollm2(device: str) -> None:
+    """What users hold; a step in both dtypes, with 2 and 9 experts, and with peft."""
+    for B in (2, 4):
+        show_users("SmolLM2", "bfloat16", [1, 2, 4, 8], B, device)
+    race("SmolLM2", DTYPES, [1, 8], {f"peft, {dtype}": partial(peft_of, dtype) for dtype in DTYPES}, STEPS, 4, device)
 
 
 def bench_sample(device: str) -> None:
     """Tokens per second after 500 tokens, with the cache of keys and values and without."""
     text = torch.zeros(1, 500, dtype=torch.long, device=device)
-    for name, shape in (("default", DEFAULT), ("GPT-2", GPT2)):
-        model = GPT(GPTConfig(**shape | {"block_size": 512})).to(device)
-        cached, anew = timed(12, *(partial(next, model.stream(text, 13, cache=cache)) for cache in (True, False)))
-        print(f"{name}: tokens/s {quartiles(1 / cached)}; without the cache {quartiles(1 / anew)}; "
+    for name, dtype in (("default", "float32"), ("GPT-2", "float32"), ("SmolLM2", "bfloat16")):
+        [model] = models_of(name, dtype, [1], device, block_size=512)
+        cached, anew = timed(12, *(partial(next, stream(model, text, 13, cache=cache)) for cache in (True, False)))
+        print(f"{name}, {dtype}: tokens/s {quartiles(1 / cached)}; without the cache {quartiles(1 / anew)}; "
               f"{quartiles(anew / cached)} times as many")
 
 
-def main() -> None:
-    benches = {"scratch": bench_scratch, "kernels": bench_kernels, "gpt2": bench_gpt2, "sample": bench_sample}
+def main() -> int:
+    benches = {"scratch": bench_scratch, "gpt2": bench_gpt2, "smollm2": bench_smollm2, "sample": bench_sample}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="?", choices=benches, default="scratch")
     parser.add_argument("--device", default="cpu")
     asked = parser.parse_args()
     print(f"{asked.device}, {torch.get_num_threads()} threads")
     torch.manual_seed(0)
-    benches[asked.what](asked.device)
+    return status_of("lab.bench", lambda: benches[asked.what](asked.device), "nothing was written")
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -52,57 +52,64 @@ class File:
             self.path = next(Path(package.submodule_search_locations[0]).glob("*.gguf"), self.path)
         if not self.path.is_file():
             raise BadInput(f"`{flag}` {name}: no such file; {REMEDY}")
+
+        class Reader(gguf.GGUFReader):
+            def _get(self, offset, dtype, count=1, **order):
+                found = super()._get(offset, dtype, count, **order)
+                if len(found) < count:  # else a damaged length would make it read on and on behind the end
+                    raise EOFError
+                return found
+
         try:
-            self.reader, self.dequantize = gguf.GGUFReader(self.path), gguf.dequantize
+            reader, self.dequantize = Reader(self.path), gguf.dequantize
+            self.fields = {key: field.contents() for key, field in reader.fields.items()}
+            self.held = {tensor.name: tensor for tensor in reader.tensors}
         except Exception as error:  # a damaged file can fail in any way
             raise self.bad(f"can't be read ({type(error).__name__})") from None
-        if self.field("general.architecture") != "llama":
-            raise self.bad(f"is no Llama but {self.field('general.architecture')}")
-        if self.field("tokenizer.ggml.model") != "gpt2":
-            raise self.bad(f"its tokenizer is {self.field('tokenizer.ggml.model')}, not pairs of bytes (gpt2)")
+        for key, wanted in (("general.architecture", "llama"), ("tokenizer.ggml.model", "gpt2")):
+            if self.fields.get(key) != wanted:
+                raise self.bad(f"its {key} is {self.fields.get(key)!r}, not {wanted}")
 
     def bad(self, problem: str) -> BadInput:
         return BadInput(f"`{self.flag}` {self.name}: {problem}; {REMEDY}")
-
-    def field(self, key: str):
-        """None if there is none."""
-        return self.reader.fields[key].contents() if key in self.reader.fields else None
 
     # --- the model ---------------------------------------------------------------------------------------------------
 
     def shape(self) -> dict:
         """Fields of model.GPTConfig."""
         def number(key: str, kind: type = int):
-            value = self.field(f"llama.{key}")
+            value = self.fields.get(f"llama.{key}")
             if type(value) is not kind or not 0 < value < 1 << 24:
-                raise self.bad(f"llama.{key} is {value}")
+                raise self.bad(f"llama.{key} is {value!r}")
             return value
 
-        tensors = {tensor.name: tensor for tensor in self.reader.tensors}
-        C, H, K = number("embedding_length"), number("attention.head_count"), number("attention.head_count_kv")
-        factors = tensors.get("rope_freqs.weight")
+        C, H, K, L = (number(key) for key in (
+            "embedding_length", "attention.head_count", "attention.head_count_kv", "block_count"))
+        sizes = {self.fields.get(f"llama.{key}", C // H) for key in (
+            "rope.dimension_count", "attention.key_length", "attention.value_length")}
+        scaled = {key for key in self.fields if key.startswith("llama.rope.scal") and self.fields[key] != "none"}
+        factors = self.held["rope_freqs.weight"].data if "rope_freqs.weight" in self.held else np.ones(C // H // 2)
         for wrong, problem in (
             (C % (2 * H), f"{C} channels can't be {H} heads of pairs"), (H % K, f"{H} heads can't share {K}"),
-            ("token_embd.weight" not in tensors, "token_embd.weight is missing"),
-            *((self.field(f"llama.{key}") not in (None, C // H), f"llama.{key} is {self.field(f'llama.{key}')}")
-              for key in ("rope.dimension_count", "attention.key_length", "attention.value_length")),
-            (self.field("llama.rope.scaling.type") not in (None, "none"), "its positions are scaled in a way that "
-                                                                          "isn't known here"),
-            (factors and factors.data.shape != (C // H // 2,), "rope_freqs.weight is of another shape"),
+            (sizes != {C // H}, f"its heads are of {sizes} channels"),
+            (scaled, "its positions are scaled in a way that isn't known here"),
+            (factors.shape != (C // H // 2,) or not (factors > 0).all(), "its rope_freqs.weight is no factors"),
+            ("token_embd.weight" not in self.held, "token_embd.weight is missing"),
+            (sum(name.endswith("attn_norm.weight") for name in self.held) != L, f"it hasn't got {L} layers"),
         ):
             if wrong:
                 raise self.bad(problem)
-        return {"vocab_size": len(tensors["token_embd.weight"].data), "block_size": number("context_length"),
-                "n_layer": number("block_count"), "n_head": H, "n_embd": C, "n_kv_head": K,
+        return {"vocab_size": len(self.held["token_embd.weight"].data), "block_size": number("context_length"),
+                "n_layer": L, "n_head": H, "n_embd": C, "n_kv_head": K,
                 "n_hidden": number("feed_forward_length"), "feed_forward": "swiglu", "norm": "rms",
                 "norm_eps": number("attention.layer_norm_rms_epsilon", float),
-                "rotary_base": number("rope.freq_base", float), "bias": False, "tied": "output.weight" not in tensors,
-                "rotary_factors": factors and factors.data.tolist()}
+                "rotary_base": number("rope.freq_base", float), "bias": False, "tied": "output.weight" not in self.held,
+                "rotary_factors": None if (factors == 1).all() else factors.tolist()}
 
     def tensors(self, config: dict, dtype: torch.dtype) -> dict[str, nn.Parameter]:
         """Under the names of model.GPT.plain_name. Queries and keys lie as the rotary positions of model.py want them,
         pair by pair."""
-        held, ours = {tensor.name: tensor for tensor in self.reader.tensors}, layout(config)
+        held, ours = self.held, layout(config)
         expected = {name: shape for parts in ours.values() for name, shape in parts.items()}
 
         def numbers(name: str) -> Tensor:
@@ -123,10 +130,10 @@ class File:
 
     def tokenizer(self) -> tiktoken.Encoding:
         """Where the vocabulary has no END, the token that begins a text is called so."""
-        tokens, types, merges, pre, begin = (self.field(f"tokenizer.ggml.{key}") for key in (
+        tokens, types, merges, pre, begin = (self.fields.get(f"tokenizer.ggml.{key}") for key in (
             "tokens", "token_type", "merges", "pre", "bos_token_id"))
         if pre not in PATTERNS:
-            raise self.bad(f"its pre-tokenizer is {pre}, and {', '.join(PATTERNS)} are known")
+            raise self.bad(f"its pre-tokenizer is {pre!r}, and {', '.join(PATTERNS)} are known")
         try:
             special = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != NORMAL}
             if END not in special:
@@ -137,10 +144,10 @@ class File:
             order = [ranks[bytes(byte_of[letter] for letter in pair.replace(" ", ""))] for pair in merges]
             if order != sorted(order) or len(ranks) + len(special) != len(tokens):
                 raise ValueError
-        except (IndexError, KeyError, TypeError, ValueError):
+            pattern = PATTERNS[pre].replace("@", unspellable(ranks))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             raise self.bad("its vocabulary isn't one of pairs of bytes, in the order in which they merge") from None
-        return tiktoken.Encoding(self.name, pat_str=PATTERNS[pre].replace("@", unspellable(ranks)),
-                                 mergeable_ranks=ranks, special_tokens=special)
+        return tiktoken.Encoding(self.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def layout(config: dict) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -168,8 +175,11 @@ def bytes_by_letter() -> dict[str, int]:
 
 def unspellable(ranks: dict[bytes, int]) -> str:
     """The characters whose bytes the vocabulary lacks, which are left out of a text: control characters, and planes of
-    Unicode where nothing is. As a part of a regular expression's [...]."""
-    lacking = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    control = "".join(rf"\x{{{byte:x}}}" for byte in lacking if byte < 0x80)
-    planes = [(byte - 0xF0) << 18 for byte in lacking if 0xF0 < byte < 0xF4]  # of 4-byte characters that begin so
-    return control + "".join(rf"\x{{{first:x}}}-\x{{{first + (1 << 18) - 1:x}}}" for first in planes)
+    Unicode where nothing is. As a part of a regular expression's [...]. Raises ValueError where others are lacking."""
+    lacking = {byte for byte in range(256) if bytes([byte]) not in ranks}
+    control = lacking & {*range(0x20), 0x7F} - set(b"\t\n\v\f\r")
+    planes = lacking & {0xF1, 0xF2, 0xF3}  # with which characters of 4 bytes begin, 2^18 of them each
+    if lacking - control - planes - {0xC0, 0xC1, *range(0xF5, 0x100)}:  # which aren't in UTF-8
+        raise ValueError
+    return "".join([*(rf"\x{{{byte:x}}}" for byte in sorted(control)), *(
+        rf"\x{{{byte - 0xF0 << 18:x}}}-\x{{{(byte - 0xEF << 18) - 1:x}}}" for byte in sorted(planes))])
