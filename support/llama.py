@@ -28,6 +28,7 @@ PATTERNS = {  # what a text is cut into before pairs of bytes are merged; @ stan
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}@]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}@]+[\r\n]*"
                  r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
+READS = 4_000_000  # of a file's metadata; Llama 3's takes a million
 NORMAL = 1  # the type of a token that isn't special
 
 
@@ -54,9 +55,11 @@ class File:
             raise BadInput(f"`{flag}` {name}: no such file; {REMEDY}")
 
         class Reader(gguf.GGUFReader):
+            reads = 0
+
             def _get(self, offset, dtype, count=1, **order):
-                found = super()._get(offset, dtype, count, **order)
-                if len(found) < count:  # else a damaged length would make it read on and on behind the end
+                found, self.reads = super()._get(offset, dtype, count, **order), self.reads + 1
+                if len(found) < count or self.reads > READS:  # else a damaged length would keep it reading for ever
                     raise EOFError
                 return found
 
