@@ -28,7 +28,7 @@ PATTERNS = {  # what a text is cut into before pairs of bytes are merged; @ stan
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}@]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}@]+[\r\n]*"
                  r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-READS = 4_000_000  # of a file's metadata; Llama 3's takes a million
+LONGEST = 1 << 20  # entries of a list in a file's metadata; Llama 3 has 280,147 merges
 NORMAL = 1  # the type of a token that isn't special
 
 
@@ -55,13 +55,10 @@ class File:
             raise BadInput(f"`{flag}` {name}: no such file; {REMEDY}")
 
         class Reader(gguf.GGUFReader):
-            reads = 0
-
-            def _get(self, offset, dtype, count=1, **order):
-                found, self.reads = super()._get(offset, dtype, count, **order), self.reads + 1
-                if len(found) < count or self.reads > READS:  # else a damaged length would keep it reading for ever
-                    raise EOFError
-                return found
+            def _get_field_parts(self, offset, kind):
+                if kind == gguf.GGUFValueType.ARRAY and self._get(offset + 4, np.uint64)[0] > LONGEST:
+                    raise ValueError  # else it would read on and on
+                return super()._get_field_parts(offset, kind)
 
         try:
             reader, self.dequantize = Reader(self.path), gguf.dequantize
@@ -88,13 +85,13 @@ class File:
 
         C, H, K, L = (number(key) for key in (
             "embedding_length", "attention.head_count", "attention.head_count_kv", "block_count"))
-        sizes = {self.fields.get(f"llama.{key}", C // H) for key in (
-            "rope.dimension_count", "attention.key_length", "attention.value_length")}
+        sizes = [self.fields.get(f"llama.{key}", C // H) for key in (
+            "rope.dimension_count", "attention.key_length", "attention.value_length")]
         scaled = {key for key in self.fields if key.startswith("llama.rope.scal") and self.fields[key] != "none"}
         factors = self.held["rope_freqs.weight"].data if "rope_freqs.weight" in self.held else np.ones(C // H // 2)
         for wrong, problem in (
             (C % (2 * H), f"{C} channels can't be {H} heads of pairs"), (H % K, f"{H} heads can't share {K}"),
-            (sizes != {C // H}, f"its heads are of {sizes} channels"),
+            (sizes != 3 * [C // H], f"its heads are of {sizes} channels, not {C // H}"),
             (scaled, "its positions are scaled in a way that isn't known here"),
             (factors.shape != (C // H // 2,) or not (factors > 0).all(), "its rope_freqs.weight is no factors"),
             ("token_embd.weight" not in self.held, "token_embd.weight is missing"),
@@ -126,7 +123,7 @@ class File:
             return tensor.to(dtype)
 
         if unknown := sorted(held.keys() - expected.keys() - {"rope_freqs.weight"}):
-            raise self.bad(f"holds {unknown[0]}, which no Llama has")
+            raise self.bad(f"holds {unknown[0]!r}, which no Llama has")
         return {name: nn.Parameter(torch.cat([*map(numbers, parts)]), False) for name, parts in ours.items()}
 
     # --- the tokenizer -----------------------------------------------------------------------------------------------
@@ -135,7 +132,7 @@ class File:
         """Where the vocabulary has no END, the token that begins a text is called so."""
         tokens, types, merges, pre, begin = (self.fields.get(f"tokenizer.ggml.{key}") for key in (
             "tokens", "token_type", "merges", "pre", "bos_token_id"))
-        if pre not in PATTERNS:
+        if str(pre) not in PATTERNS:
             raise self.bad(f"its pre-tokenizer is {pre!r}, and {', '.join(PATTERNS)} are known")
         try:
             special = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != NORMAL}
