@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from support import kernels
 
@@ -304,6 +305,10 @@ class LoRAExperts(nn.Module):
         self.block = Expert(config, BACKBONE)
         self.E = config.n_experts
 
+    def hidden(self, gate: Tensor, e: Tensor, into: list[tuple[Tensor, ...]]) -> Tensor:
+        """gate_e·h_e of every token's e: (N, F). The backward pass makes it anew, because its parts are large."""
+        return gate[:, None] * self.block.activated(*(torch.addmm(Ux, e * z, B) for Ux, z, B in into))
+
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         block, hidden, low = self.block, 0, 0
         into = [(matrix.frozen(x), *matrix.factors(x)) for matrix in block.into]
@@ -311,7 +316,7 @@ class LoRAExperts(nn.Module):
         A, B = block.down.factors(x)  # (E·r, F), (C, E·r)
         own = F.one_hot(routing.chosen, self.E).to(x.dtype).repeat_interleave(len(A) // self.E, 2)  # (N, k, E·r)
         for gate, e in zip(routing.gates.unbind(1), own.unbind(1), strict=True):  # the k experts of each token
-            h = gate[:, None] * block.activated(*(torch.addmm(Ux, e * z, B_into) for Ux, z, B_into in into))  # (N, F)
+            h = checkpoint(self.hidden, gate, e, into, use_reentrant=False, preserve_rng_state=False)  # (N, F)
             hidden, low = hidden + h, low + e * F.linear(h, A)  # (N, F), (N, E·r)
         return torch.addmm(block.down.frozen(hidden), low, B.t())
 

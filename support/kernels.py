@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LOGITS = 2 ** 24  # that head_loss holds at a time, at most
+LOGITS = 2 ** 23  # that head_loss holds at a time, at most
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
