@@ -279,7 +279,7 @@ def test_a_run_on_a_file_learns_in_both_dtypes_alike_and_its_models_write_text(c
 
 
 @pytest.mark.parametrize(("init_from", "usual"), [
-    ("x.gguf", (128, 2, 20)), ("smollm2", (128, 2, 20)), ("base.pt", (64, 8, 64)), ("scratch", (64, 8, 64))])
+    ("x.gguf", (128, 2, 10)), ("smollm2", (128, 2, 10)), ("base.pt", (64, 8, 64)), ("scratch", (64, 8, 64))])
 def test_what_others_pretrained_has_defaults_of_its_own(init_from, usual):
     settings = Settings(init_from=init_from, expert="mlp" if init_from == "scratch" else "lora")
     assert (settings.block_size, settings.batch_size, settings.rounds) == usual
