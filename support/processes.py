@@ -6,6 +6,7 @@ User i belongs to process i mod n. What else passes between processes is whether
 to its folder: figures, and the users' states for the checkpoint, which the first process writes.
 """
 
+import atexit
 import os
 from datetime import timedelta
 
@@ -30,6 +31,7 @@ def join(settings: Settings) -> None:
         if settings.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if settings.device.startswith("cuda") else "gloo", timeout=PATIENCE)
+        atexit.register(dist.destroy_process_group)  # else its threads can be cut off at the end, which is an abort
 
 
 def index() -> int:
