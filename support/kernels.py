@@ -1,4 +1,4 @@
-"""The fast forms of two plain ones in model.py. A reader of the paper can skip them.
+"""Two pieces of model.py in forms that save time and memory. A reader of the paper can skip them.
 
     python -m pytest tests/test_kernels.py
 
