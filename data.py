@@ -148,6 +148,8 @@ def tokenizer(name: str) -> tiktoken.Encoding:
         return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=bytewise, special_tokens={END: 256})
     if llama.is_one(name):
         return llama.File(name, "tokenizer").tokenizer()
+    if name not in tiktoken.list_encoding_names():
+        raise BadInput(f"`tokenizer` {name}: not known; take bytes, gpt2, {llama.SMOLLM2} or a .gguf")
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # a failed download: the errors of `requests` are OSErrors

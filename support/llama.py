@@ -64,6 +64,8 @@ class File:
             reader, self.dequantize = Reader(self.path), gguf.dequantize
             self.fields = {key: field.contents() for key, field in reader.fields.items()}
             self.held = {tensor.name: tensor for tensor in reader.tensors}
+        except MemoryError:
+            raise
         except Exception as error:  # a damaged file can fail in any way
             raise self.bad(f"can't be read ({type(error).__name__})") from None
         for key, wanted in (("general.architecture", "llama"), ("tokenizer.ggml.model", "gpt2")):
@@ -116,6 +118,8 @@ class File:
             try:
                 tensor = torch.from_numpy(np.array(self.dequantize(held[name].data, held[name].tensor_type)))
                 sound = tensor.shape == expected[name] and tensor.isfinite().all()
+            except MemoryError:
+                raise
             except Exception:  # of an unknown kind, or damaged
                 sound = False
             if not sound:

@@ -112,7 +112,8 @@ def gpt2_of(name: str, dtype: torch.dtype) -> Base:
     """A GPT-2. Raises BadInput."""
     path, content = fetch(name) if name in NAMES else read(Path(name))
     ours = isinstance(content, dict) and {"model", "config", "tokenizer"} <= content.keys()
-    known = content if ours else {"model": content, "config": {"feed_forward": "gelu-tanh"}, "tokenizer": None}
+    known = content if ours else {"model": content, "config": {"feed_forward": "gelu-tanh"},
+                                 "tokenizer": "gpt2" if name in NAMES else None}
     try:
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in known["model"].items()}
         (V, C), T = tensors["wte.weight"].shape, len(tensors["wpe.weight"])

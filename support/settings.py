@@ -188,7 +188,7 @@ class Settings(Training):
             (self.generalists + min(self.specialists) == 0, "generalists",
              "a user with `specialists` 0 has no expert", "give either at least 1"),
             (self.expert == "lora" and self.init_from == "scratch", "expert",
-             "changes a base, and `init_from` scratch has none", "give `init_from` a file"),
+             "changes a base, and `init_from` scratch has none", "give `init_from` smollm2, or a file"),
             (self.expert != "lora" and self.dtype == "bfloat16", "dtype", "is of what is frozen, and nothing is",
              "give `expert` lora, or leave it out"),
             (self.init_from != "scratch" and self.n_layer, "n_layer", "`init_from` has its own", "leave it out"),
