@@ -415,7 +415,7 @@ class GPT(nn.Module):
                 numbers[name] = pretrained[source].to(dtype)
                 self.borrowed.add(name)
             else:
-                numbers[name] = pretrained[source].detach().float().clone()
+                numbers[name] = pretrained[source].detach().to(torch.float32, copy=True)
             parameter.requires_grad_(not frozen)
         self.load_state_dict(numbers, assign=True)
 
@@ -461,11 +461,11 @@ class GPT(nn.Module):
         before = pasts[0][0].shape[2] if pasts and pasts[0] else 0
         end = before + idx.shape[1]
         assert self.config.block_size >= end, f"{end} tokens are more than block_size {self.config.block_size}"
-        x, positions, turn = self.tokens(idx), torch.arange(before, end, device=idx.device), None  # (B, T, C), (T,)
+        x, turn = self.tokens(idx), None  # (B, T, C)
         if self.positions:
-            x = x + self.positions(positions)
+            x = x + self.positions.weight[before:end]
         else:
-            turn = turns(self.config, positions)
+            turn = turns(self.config, torch.arange(before, end, device=idx.device))
         routings, none = [], [None] * len(self.blocks)
         for block, weights, past in zip(self.blocks, none if gates is None else gates, pasts or none, strict=True):
             x, routing = block(x, weights, turn, past)

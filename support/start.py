@@ -38,10 +38,9 @@ def dtype_of(settings: Settings) -> str:
 
 def starting_point(settings: Settings) -> Base:
     """Where the models start: a pretrained model, or from scratch. Raises BadInput."""
-    dtype = dtype_of(settings)
     if settings.init_from == "scratch":
-        start = blank(settings, settings.tokenizer or "bytes")
-        return replace(start, config=start.config | {"dtype": dtype})
+        return blank(settings, settings.tokenizer or "bytes")
+    dtype = dtype_of(settings)
     start = pretrained.load(settings.init_from, settings.block_size, settings.n_head, dtype)
     name = settings.tokenizer or start.tokenizer or "gpt2"
     if start.tokenizer in (None, name):
