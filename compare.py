@@ -19,7 +19,7 @@ from support import plots
 from support.errors import BadInput, Diverged
 from support.files import read_json, write_json, write_text
 from support.folder import json_of
-from support.settings import Settings, as_flags, check, given_in, parsed, plain, setting, status_of
+from support.settings import Settings, as_flags, check, given_in, parsed, setting, status_of
 from support.tables import curves, summarize, table
 from train import Run
 
@@ -54,7 +54,8 @@ def finished(settings: Settings, bar: tqdm) -> Path:
     """The folder of a run that has ended: earlier, or because it is played or continued now."""
     folder = Path(settings.out)
     config = folder / "config.json"
-    if config.exists() and json_of(config)["settings"] | {"overwrite": settings.overwrite} == plain(settings):
+    here = {"out": settings.out, "overwrite": settings.overwrite}
+    if config.exists() and Settings(**json_of(config)["settings"] | here) == settings:
         if (folder / "result.json").exists():
             bar.update(settings.rounds * settings.users)
             return folder

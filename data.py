@@ -203,6 +203,10 @@ def load(settings: "Settings", tokenizer: tiktoken.Encoding) -> list[Text]:
     except OSError as error:
         raise BadInput(f"`data` {where}: {error.filename or where}: {error.strerror or error}; check the file and its "
                        "folder, or take another `cache`") from None
+    for (name, documents), kb in zip(users.items(), settings.valid_kb or (), strict=False):
+        if (held := bytes_of(documents[VALID])) < 1000 * kb:
+            raise BadInput(f"`valid_kb` {kb:g}: user {name} has {held / 1000:g} kB held out; ask for less")
+        documents[VALID] = take(iter(documents[VALID]), round(1000 * kb))
     mixed = mix(users.values()) if settings.target == "mixed" else {}
     texts = [as_tokens(name, documents | mixed, tokenizer) for name, documents in users.items()]
     for text, wanted in zip(texts, train, strict=True):
@@ -274,7 +278,7 @@ class RandomWindows:
 
 def spread_windows(text: np.ndarray, n: int, T: int, device: str = "cpu") -> Iterator[Batch]:
     """One batch of n windows that are spread evenly over a text."""
-    windows = windows_at(torch.linspace(0, len(text) - T - 1, n).long(), text, T).to(device)
+    windows = windows_at(torch.linspace(0, len(text) - T - 1, n, dtype=torch.float64).long(), text, T).to(device)
     yield windows[:, :-1], windows[:, 1:]
 
 

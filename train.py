@@ -13,8 +13,10 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -26,7 +28,7 @@ from methods import METHODS
 from model import BACKBONE, GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig
 from support import folder, page, plots, processes
 from support.errors import Diverged
-from support.files import read_lines, write_json
+from support.files import kept, read_lines, write_json
 from support.folder import Folder, stopped_gently
 from support.guard import Guard
 from support.pretrained import Base
@@ -35,6 +37,8 @@ from support.start import starting_point
 from support.trigram import trigram_loss
 
 DIVERGED = 100.0  # nats; guessing at random costs less than 11, with GPT-2's vocabulary
+GLANCE = 32  # windows of a user's validation text that an evaluation on the way reads; the last one reads all of it
+JUDGED = 8  # windows of it by which a device judges a model, where a method asks for that
 
 
 # --- build: from settings to a server and users ----------------------------------------------------------------------
@@ -67,7 +71,7 @@ def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> 
                                   settings.batch_size, settings.block_size, settings.device)
 
     def judge() -> Iterator[data.Batch]:
-        return data.spread_windows(texts[0].valid, 32, settings.block_size, settings.device)
+        return data.spread_windows(texts[0].valid, JUDGED, settings.block_size, settings.device)
 
     total, count = called_of(settings)
     steps = max(1, round(settings.rounds * count / total)) * settings.local_steps  # as many as it may expect
@@ -138,7 +142,7 @@ class Run:
         if self.before is None:
             bar.set_description("measuring the untrained models")
             self.hand_out()
-            self.before = self.measure("test")
+            self.before = [self.untrained(*each) for each in self.tested]
             self.log(0, {})
         for number in range(self.done + 1, settings.rounds + 1):
             called, lost = self.called(number)
@@ -153,7 +157,7 @@ class Run:
             evaluated = last or number % settings.eval_every == 0
             if evaluated:
                 self.hand_out(counted=last)
-                valid = self.log(number, losses)
+                valid = self.log(number, losses, whole=last)
             if any(processes.gathered([stop()])) and not last:
                 if not evaluated:
                     self.save(number)
@@ -193,20 +197,36 @@ class Run:
             user.receive(message) if counted else user.adopt(message)
             user.settle()
 
-    def measure(self, split: str) -> list[tuple[float, list[float]]]:
-        """Of each text: the loss in nats on all of that split, and the generalists' mean gate in each layer."""
+    def untrained(self, user: User, text: Text) -> float:
+        """The loss in nats on test text before the first round. Low-rank changes are none at all then, so that it is
+        the base's, the same in every run: it is computed once, and kept."""
+        config, batches = user.model.config, self.all_of(text.test)
+        if config.expert != "lora":
+            return evaluate(user.model, batches, user.gates)[0]
+        first = torch.eye(config.n_experts)[:1].expand(config.n_layer, -1)  # the gates of no mixture
+        key = self.base.sha256, self.base.config, sha256(text.test).hexdigest(), torch.__version__
+        return kept(Path(self.settings.cache), key, lambda: evaluate(user.model, batches, first)[0])
+
+    def all_of(self, tokens: np.ndarray) -> Iterator[data.Batch]:
+        T = self.settings.block_size
+        return data.ordered_windows(tokens, max(1, 1024 // T), T, self.settings.device)
+
+    def measure(self, split: str, whole: bool = True) -> list[tuple[float, list[float]]]:
+        """Of each text: the loss in nats on that split, and the generalists' mean gate in each layer."""
         T, measured = self.settings.block_size, []
         for user, text in self.tested:
-            windows = data.ordered_windows(getattr(text, split), max(1, 1024 // T), T, self.settings.device)
-            loss, gates = evaluate(user.model, windows, user.gates)  # gates: (L, E)
+            tokens = getattr(text, split)
+            glance = not whole and len(tokens) > GLANCE * T
+            batches = data.spread_windows(tokens, GLANCE, T, self.settings.device) if glance else self.all_of(tokens)
+            loss, gates = evaluate(user.model, batches, user.gates)  # gates: (L, E)
             self.check(user, loss)
             generalist = [role == GENERALIST for role in user.model.config.expert_roles]
             measured.append((loss, gates[:, generalist].sum(1).tolist()))
         return measured
 
-    def log(self, number: int, losses: dict[User, float]) -> list[tuple[float, list[float]]]:
+    def log(self, number: int, losses: dict[User, float], whole: bool = False) -> list[tuple[float, list[float]]]:
         """After a round: measure validation losses, add them to metrics.jsonl, save a checkpoint, return them."""
-        valid = self.measure("valid")
+        valid = self.measure("valid", whole)
         lines = processes.gathered([{
             "round": number, "user": text.name, "train_loss": losses.get(user), "valid_loss": loss,
             "generalist_share": share, "bytes_up": user.bytes_up, "bytes_down": user.bytes_down}
@@ -231,7 +251,7 @@ class Run:
     def summarize(self, valid: list, after: list) -> dict:
         """What result.json holds."""
         rows = []
-        for (user, text), (before, _), (valid_loss, _), (loss, share) in zip(
+        for (user, text), before, (valid_loss, _), (loss, share) in zip(
                 self.tested, self.before, valid, after, strict=True):
             config = user.model.config
             rows.append({

@@ -1,86 +1,125 @@
 """The experiments of docs/results.md, each one command; started again, it continues where it was stopped.
 
-    python -m lab.pretrain
-    python -m lab.experiments A [--seeds 3] [any flag of compare.py or train.py]
+    python -m lab.experiments languages [--seeds 3] [any flag of compare.py or train.py]
     python -m lab.experiments --help
 
-Rows are runs of train.py that share the flags in COMMON. Their learning rates were chosen on validation text, in A,
-with seed 0, from the same list for all methods; A chooses again, the others take what was chosen.
+Rows are runs of train.py that share the flags of their base. Learning rates were chosen on validation text, with seed
+0, from the same list for all methods, in one experiment of a base; the others take what was chosen. The runs of
+docs/results.md are kept: `--out docs/runs/languages` takes those that are there, and adds what is missing.
 """
 
 import sys
+from typing import NamedTuple
 
 from compare import Comparison, compare, split
 from methods import METHODS
 from support.errors import BadInput
 from support.settings import parsed, status_of
 
-COMMON = "--init-from out/base/base.pt --expert lora --rounds 20 --router-steps 10 --eval-every 10"
-RATES = "2e-3,6e-3,2e-2"
-CHOSEN = {"comigs-2g": 2e-2, "ffa-lora": 2e-2, "hetlora": 2e-2}  # and 6e-3 of all others
 
+class Base(NamedTuple):
+    """What runs on a base have in common."""
+
+    flags: str
+    rates: str  # to choose from
+    rate: float  # that most methods chose
+    others: dict[str, float]  # what the others chose
+
+    def run(self, method: str, more: str = "") -> str:
+        """The flags of one run."""
+        return f"{self.flags} --method {method} --lr {self.others.get(method, self.rate)} {more}"
+
+    def runs(self, methods: tuple[str, ...], more: str = "") -> dict[str, str]:
+        """A row for each method."""
+        return {method: self.run(method, more) for method in methods}
+
+
+SMOLLM2 = Base("--init-from smollm2 --expert lora --rounds 20 --router-steps 10 --batch-size 1 --eval-every 10",
+               "1e-3,2e-3,4e-3", 2e-3, {})
+BYTES = Base("--init-from out/base/base.pt --expert lora --rounds 20 --router-steps 10 --eval-every 10",
+             "2e-3,6e-3,2e-2", 6e-3, {"comigs-2g": 2e-2, "ffa-lora": 2e-2, "hetlora": 2e-2})
+SCRATCH = Base("--rounds 64 --router-lr 3e-3", "3e-3,6e-3", 3e-3, {"comigs": 6e-3})
+
+PAPER = ("local", "fedavg", "pcl", "pfedmoe", "fdlora", "comigs", "comigs-2g", "comigs-2s", "comigs-uniform",
+         "comigs-leaky", "comigs-apart")
 TELLING = ("local", "fedavg", "pcl", "fdlora", "comigs", "comigs-uniform", "comigs-apart")
 ABLATIONS = ("local", "comigs", "comigs-uniform", "comigs-train", "comigs-joint", "pfedmoe", "comigs-leaky")
 
 
-def run_of(method: str, flags: str = "") -> str:
-    return f"--method {method} --lr {CHOSEN.get(method, 6e-3)} {flags}"
+BOTH = "--experts-see both"  # so that nobody has more text to learn from than another
 
 
-def methods(names: tuple[str, ...], flags: str) -> dict[str, str]:
-    """A row for each method."""
-    return {name: run_of(name, flags) for name in names}
+def overfitting(base: Base, text: str, kBs: tuple[int, ...], specialists: tuple[int, ...]) -> dict[str, str]:
+    """Text per user × number of specialists, with a quarter as much validation text; of `local`, as many experts."""
+    most, rows = max(specialists), {}
+    for method, S, more in [*(("comigs", S, "") for S in specialists), ("comigs-train", most, ""), ("local", most, ""),
+                            ("comigs", most, BOTH), ("local", most, BOTH)]:
+        for kB in kBs:
+            rows[f"{method} {kB} kB {S} S{' both' if more else ''}"] = base.run(
+                method, f"--data {text} --train-kb {kB} --valid-kb {kB / 4} --specialists {S} --eval-every 5 {more}")
+    return rows
 
 
-def overfitting() -> dict[str, str]:
-    """Text per user × number of specialists; of `local`, as many experts."""
-    return {f"{method} {kB} kB {S} S": run_of(method, f"--train-kb {kB} --specialists {S} --eval-every 5")
-            for method, sizes in (("comigs", (0, 1, 7)), ("local", (7,))) for kB in (5, 20, 80) for S in sizes}
+def sizes(base: Base, text: str, kBs: tuple[int, ...], ranks: str) -> dict[str, str]:
+    """Devices with 1, 2, 4, 8 specialists, and rivals with one expert of as many parameters, of these ranks."""
+    flags = f"--data {text} --train-kb {','.join(map(str, kBs))} --valid-kb {','.join(str(kB / 4) for kB in kBs)}"
+    ours, theirs = f"{flags} --specialists 1,2,4,8", f"{flags} --specialists 0 --lora-rank {ranks}"
+    return {**base.runs(("comigs", "comigs-train", "local"), ours), **base.runs(("hetlora", "flexlora"), theirs),
+            "comigs both": base.run("comigs", f"{ours} {BOTH}"),
+            "flexlora both": base.run("flexlora", f"{theirs} {BOTH}")}
 
 
-def sizes(train_kb: str) -> dict[str, str]:
-    """Devices with 1, 2, 4, 8 specialists, and rivals with one expert of as many parameters: of 8 + 5 S ranks, which
-    are attention's, too."""
-    rivals = "--specialists 0 --lora-rank 13,18,28,48"
-    return {"comigs": run_of("comigs", f"--specialists 1,2,4,8 --train-kb {train_kb}"),
-            **methods(("hetlora", "flexlora"), f"{rivals} --train-kb {train_kb}")}
+MORE, LESS = (5, 10, 20, 40), (40, 20, 10, 5)  # kB of users with 1, 2, 4, 8 specialists
+# Per layer and unit of rank, a byte model's attention has 6 C parameters and an expert 10 C; SmolLM2's 2,688 and 6,336.
+BYTES_RANKS, SMOLLM2_RANKS = "13,18,28,48", "14,19,30,53"
 
-
-EXPERIMENTS = {  # name -> what it asks, and label -> flags of train.py
-    "A": ("high heterogeneity, in distribution: all methods", methods(  # but one that is pfedmoe's double here
-        tuple(name for name in METHODS if name != "comigs-joint"), "--data builtin")),
-    "B": ("low heterogeneity, in distribution", methods(TELLING, "--data builtin-python")),
-    "C": ("high heterogeneity, out of distribution", methods((*TELLING, "comigs-leaky"),
-                                                             "--data builtin --target mixed")),
-    "C-python": ("low heterogeneity, out of distribution", methods(TELLING, "--data builtin-python --target mixed")),
-    "C-news": ("AG News, out of distribution", methods(TELLING, "--data agnews --train-kb 40 --target mixed")),
-    "D": ("overfitting: text per user and number of specialists", overfitting()),
-    "E-more": ("devices of different size: more specialists where there is more text", sizes("5,10,20,40")),
-    "E-less": ("devices of different size: more specialists where there is less text", sizes("40,20,10,5")),
-    "F": ("ablations, where a router has to choose: top-2 of four experts", methods(ABLATIONS, "--specialists 3")),
-    "scratch": ("as A, but from scratch", {
-        method: f"--method {method} --lr {rate} --init-from scratch --expert mlp --rounds 64 --router-steps 5 "
-                "--router-lr 3e-3 --eval-every 16"
-        for method, rate in {"local": 3e-3, "fedavg": 3e-3, "comigs": 6e-3, "centralized": 3e-3}.items()}),
-    "both": ("as A, but experts also learn from the validation text", methods(
-        ("local", "fedavg", "comigs"), "--experts-see both")),
-    "both-mixed": ("as C, but experts also learn from the validation text", methods(
-        ("local", "fedavg", "comigs"), "--target mixed --experts-see both")),
+EXPERIMENTS = {  # name -> what it asks, its base, and label -> flags of train.py
+    "languages": ("four languages, own text", SMOLLM2, SMOLLM2.runs(PAPER, "--data languages")),
+    "languages-both": ("as languages, but experts also learn from the validation text", SMOLLM2,
+                       SMOLLM2.runs(("local", "fedavg", "comigs"), f"--data languages {BOTH}")),
+    "news": ("four topics of AG News, mixed target", SMOLLM2, SMOLLM2.runs(PAPER, "--data agnews --target mixed")),
+    "domains": ("four domains, own text", SMOLLM2, SMOLLM2.runs(PAPER, "--data builtin --train-kb 140")),
+    "text": ("overfitting: text per user and number of specialists", SMOLLM2,
+             overfitting(SMOLLM2, "languages", (10, 40), (1, 7))),
+    "more": ("devices of different size: more specialists where there is more text", SMOLLM2,
+             sizes(SMOLLM2, "languages", MORE, SMOLLM2_RANKS)),
+    "less": ("devices of different size: more specialists where there is less text", SMOLLM2,
+             sizes(SMOLLM2, "languages", LESS, SMOLLM2_RANKS)),
+    "A": ("dissimilar users, own text: all methods", BYTES, BYTES.runs(
+        tuple(name for name in METHODS if name != "comigs-joint"))),  # which is pfedmoe's double here
+    "B": ("similar users, own text", BYTES, BYTES.runs(TELLING, "--data builtin-python")),
+    "C": ("dissimilar users, mixed target", BYTES, BYTES.runs((*TELLING, "comigs-leaky"), "--target mixed")),
+    "C-python": ("similar users, mixed target", BYTES, BYTES.runs(TELLING, "--data builtin-python --target mixed")),
+    "C-news": ("AG News, mixed target", BYTES, BYTES.runs(TELLING, "--data agnews --train-kb 40 --target mixed")),
+    "D": ("overfitting: text per user and number of specialists", BYTES,
+          overfitting(BYTES, "builtin", (5, 20, 60), (0, 1, 7))),
+    "E-more": ("devices of different size: more specialists where there is more text", BYTES,
+               sizes(BYTES, "builtin", MORE, BYTES_RANKS)),
+    "E-less": ("devices of different size: more specialists where there is less text", BYTES,
+               sizes(BYTES, "builtin", LESS, BYTES_RANKS)),
+    "F": ("ablations, where a router has to choose: top-2 of four experts", BYTES,
+          BYTES.runs(ABLATIONS, "--specialists 3")),
+    "both": ("as A, but experts also learn from the validation text", BYTES,
+             BYTES.runs(("local", "fedavg", "comigs"), BOTH)),
+    "both-mixed": ("as C, but experts also learn from the validation text", BYTES,
+                   BYTES.runs(("local", "fedavg", "comigs"), f"--target mixed {BOTH}")),
+    "scratch": ("as A, but from scratch", SCRATCH, SCRATCH.runs(("local", "fedavg", "comigs", "centralized"))),
 }
+CHOOSING = ("languages", "A")  # where the rates are chosen
 
 
 def experiment(arguments: list[str]) -> None:
     """Raises BadInput."""
     name, *more = arguments or ["--help"]
     if name in ("-h", "--help"):
-        print("\n".join([__doc__, *(f"{name:<12}{title}" for name, (title, _) in EXPERIMENTS.items())]))
+        print("\n".join([__doc__, *(f"{name:<16}{title}" for name, (title, _, _) in EXPERIMENTS.items())]))
         return
     if name not in EXPERIMENTS:
         raise BadInput(f"{name}: not an experiment; the first word is one of {', '.join(EXPERIMENTS)}")
-    title, flags = EXPERIMENTS[name]
-    tuning = ["--rates", RATES] if name == "A" else []
+    title, base, flags = EXPERIMENTS[name]
+    tuning = ["--rates", base.rates] if name in CHOOSING else []
     comparison, rest = split(["--out", f"out/{name}", *tuning, *more], Comparison)
-    rows = {label: parsed([*COMMON.split(), *own.split(), *rest]) for label, own in flags.items()}
+    rows = {label: parsed([*own.split(), *rest]) for label, own in flags.items()}
     print(title)
     compare(rows, comparison)
 

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, however the process that writes them ends."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -32,3 +33,12 @@ def read_json(path: Path) -> dict:
 def read_lines(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl; none where there is no file. Raises OSError, ValueError."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def kept(folder: Path, key: object, compute: Callable[[], object]) -> object:
+    """What was computed earlier under this key, out of a file in that folder; else it is computed now, and kept."""
+    path = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, compute())
+    return read_json(path)

@@ -38,7 +38,7 @@ try:
 except ImportError:  # on Windows nothing keeps two processes apart
     fcntl = None
 
-FORMAT = 3  # of config.json and checkpoints
+FORMAT = 4  # of config.json and checkpoints
 FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "previous.pt", "result.json", "page.html", "curves.png",
          "curves.svg")
 

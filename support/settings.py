@@ -148,13 +148,16 @@ class Settings(Training):
     user_field: str | None = setting(None, "a table's field that says whose text a row is (default: user)")
     text_field: str | None = setting(None, "a table's field that holds the text (default: text)")
     source: str | None = setting(None, "a file, an address or a data set instead of a named corpus's own source")
-    cache: str = setting("out/cache", "folder for downloaded text")
+    cache: str = setting("out/cache", "folder for downloaded text, and for a base's loss on a text")
     short_users: str = setting("refuse", "what to do about users with too little text", choices=("refuse", "leave-out"))
     target: str = setting("own", "whose text is used for validation and testing: the user's own, or an even mix of "
                                  "all users'", choices=("own", "mixed"))
     train_kb: tuple[float, ...] | None = setting(
         None, f"training text in kB (default: {BUILTIN_TRAIN_KB} of a builtin, 2000 of a streamed corpus, else all "
               "there is)", float, 0.001, high=1e9, many=True)
+    valid_kb: tuple[float, ...] | None = setting(
+        None, "validation text in kB, from its beginning (default: all that is held out)", float, 0.001, high=1e9,
+        many=True)
     tokenizer: str | None = setting(None, "what a token is: bytes, gpt2, or a .gguf's or smollm2's (default: bytes, or "
                                           "the base's)")
     experts_see: str = setting("train", "the text that experts learn from: training text, or validation text as well",
@@ -223,7 +226,7 @@ def plain(settings) -> dict:
 
 GROUPS = {  # the headings of train.py --help
     "users and experts": "users specialists generalists top_k method expert lora_rank init_from dtype",
-    "text": "data user_field text_field source cache short_users target train_kb tokenizer",
+    "text": "data user_field text_field source cache short_users target train_kb valid_kb tokenizer",
     "learning": "batch_size block_size lr warmup weight_decay router_lr router_every router_steps experts_see n_layer "
                 "n_head n_embd",
     "federation": "rounds local_steps average participation drop_rate clip_update dp_noise",

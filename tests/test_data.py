@@ -101,6 +101,16 @@ def test_held_out_text_depends_neither_on_the_seed_nor_on_train_kb():
     assert 1000 <= short[2].train_bytes < 1500  # documents stay whole
 
 
+def test_less_validation_text_is_its_beginning_and_of_a_mixed_target_everyones():
+    full, short = load(table(FOUR)), load(table(FOUR), valid_kb=(0.1, 0.2, 0.1, 0.1))
+    for text, whole, size in zip(short, full, (100, 200, 100, 100), strict=True):
+        assert plain(text.valid) == plain(whole.valid)[:size]
+        assert np.array_equal(text.test, whole.test)
+        assert np.array_equal(text.train, whole.train)
+    mixed = load(table(FOUR), valid_kb=(0.1,), target="mixed")[0].valid
+    assert plain(mixed) == b"".join(plain(text.valid)[:25] for text in full)
+
+
 def test_a_users_split_doesnt_depend_on_who_else_is_there():
     mine, others = [("b", text) for text in MANY], [(name, words(100 + n, 300)) for n in range(20) for name in "ac"]
     assert dealt([row for pair in zip(others, mine, strict=True) for row in pair])["b"] == dealt(mine)["b"]

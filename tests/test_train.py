@@ -14,8 +14,8 @@ from tqdm import tqdm
 import data
 import train
 from methods import METHODS
-from model import BACKBONE, GPT, ROUTER, SPECIALIST
-from support import folder, page, plots, settings
+from model import BACKBONE, GPT, ROUTER, SPECIALIST, GPTConfig
+from support import folder, page, plots, pretrained, settings
 from support.settings import Settings, as_flags, parsed, status_of
 from support.trigram import trigram_loss
 
@@ -113,6 +113,32 @@ def test_the_training_loss_of_a_line_is_the_mean_over_the_rounds_steps():
         assert line["train_loss"] == pytest.approx(sum(user.lower.step(user.model).item() for _ in range(4)) / 4)
 
 
+def test_evaluations_on_the_way_read_a_few_windows_and_the_last_one_everything(monkeypatch):
+    read = []
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda model, batches, gates: read.append(
+        batches := list(batches)) or evaluate(model, batches, gates))
+    monkeypatch.setattr(train, "GLANCE", 5)
+    again = begun("--rounds 2 --eval-every 1")
+    again.play(tqdm(disable=True))
+    sizes = [sum(targets.numel() for _, targets in batches) for batches in read]
+    valid, test = ([len(getattr(text, split)) - 1 for text in again.texts] for split in ("valid", "test"))
+    assert sizes == [*test, *[5 * 8] * 3, *[5 * 8] * 3, *valid, *test]
+
+
+def test_a_bases_loss_is_computed_once_and_is_that_of_the_base_without_a_mixture(monkeypatch):
+    first = run("--rounds 1", "one", lora=True)
+    base = pretrained.load("base.pt", 8)
+    plain = GPT(GPTConfig(**base.config, specialists=0, expert="lora", routed=False), torch.Generator(), base.tensors)
+    for user, text in zip(first["users"], begun("", out="two", lora=True).texts, strict=True):
+        loss, _ = train.evaluate(plain, data.ordered_windows(text.test, 7, 8))
+        assert user["test_ppl_start"] == pytest.approx(math.exp(loss))
+    monkeypatch.setattr(train, "evaluate", None)
+    again = begun("--method local --specialists 2", out="three", lora=True)
+    assert [math.exp(again.untrained(*each)) for each in again.tested] == [
+        user["test_ppl_start"] for user in first["users"]]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_with_the_parameters_and_the_batches_of_the_others(method):
     row = METHODS[method]
@@ -144,7 +170,7 @@ def test_each_level_gets_its_own_text_rate_and_schedule(flags, lower, upper, ste
             assert (level.schedule.base_lrs, level.optimizer.param_groups[0]["weight_decay"]) == ([rate], decay)
             assert factor(steps) == pytest.approx(end)
             assert factor(steps - 1) > 1.1 * end or level is user.upper
-        assert torch.equal(next(user.judge())[0], next(data.spread_windows(text.valid, 32, 8))[0])
+        assert torch.equal(next(user.judge())[0], next(data.spread_windows(text.valid, train.JUDGED, 8))[0])
         assert (user.weight, user.model.config.top_k) == (
             len(text.train) if "tokens" in flags else 1, 3 if "top-k" in flags else 2)
 
@@ -230,7 +256,7 @@ WRONG = """
     --users 0; --users two; --users; --users 100000000000; --users 9 --specialists 1; --user 2; more; --generalists 0
     --specialists 1,2; --specialists 1,,2; --specialists 1001; --n-head 3; --n-layer 1000000000; --method nonsense
     --data nowhere; --source x; --user-field who; --train-kb nan; --train-kb 1.5,2.5; --train-kb 1000; --lr inf
-    --block-size 4000; --lr 0.0; --lr fast; --weight-decay -0.1; --rounds 1e3; --participation 1.1; --drop-rate 1.0
+    --valid-kb 99; --block-size 4000; --lr 0.0; --lr fast; --weight-decay -0.1; --rounds 1e3; --participation 1.1; --drop-rate 1.0
     --device nonsense; --device cuda:99; --out x/y; --resume; --tensorboard; --dp-noise 1.0; --expert lora
     --dp-noise 1.0 --clip-update 1 --average tokens; --method pcl --specialists 1 --clip-update 1; --method hetlora
     --method pcl; --method fdlora; --init-from nowhere; --n-embd 16 --init-from base.pt; --init-from base.pt --n-head 4
