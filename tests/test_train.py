@@ -256,11 +256,11 @@ WRONG = """
     --users 0; --users two; --users; --users 100000000000; --users 9 --specialists 1; --user 2; more; --generalists 0
     --specialists 1,2; --specialists 1,,2; --specialists 1001; --n-head 3; --n-layer 1000000000; --method nonsense
     --data nowhere; --source x; --user-field who; --train-kb nan; --train-kb 1.5,2.5; --train-kb 1000; --lr inf
-    --valid-kb 99; --block-size 4000; --lr 0.0; --lr fast; --weight-decay -0.1; --rounds 1e3; --participation 1.1; --drop-rate 1.0
-    --device nonsense; --device cuda:99; --out x/y; --resume; --tensorboard; --dp-noise 1.0; --expert lora
-    --dp-noise 1.0 --clip-update 1 --average tokens; --method pcl --specialists 1 --clip-update 1; --method hetlora
-    --method pcl; --method fdlora; --init-from nowhere; --n-embd 16 --init-from base.pt; --init-from base.pt --n-head 4
-    --init-from base.pt --block-size 17; --init-from base.pt --tokenizer gpt2
+    --block-size 4000; --lr 0.0; --valid-kb 99; --lr fast; --weight-decay -0.1; --rounds 1e3; --participation 1.1
+    --drop-rate 1.0; --device nonsense; --device cuda:99; --out x/y; --resume; --tensorboard; --dp-noise 1.0
+    --expert lora; --dp-noise 1.0 --clip-update 1 --average tokens; --method pcl --specialists 1 --clip-update 1
+    --method hetlora; --method pcl; --method fdlora; --init-from nowhere; --n-embd 16 --init-from base.pt
+    --init-from base.pt --n-head 4; --init-from base.pt --block-size 17; --init-from base.pt --tokenizer gpt2
     --method comigs --init-from base.pt --expert lora --lora-rank 1,2,4
 """
 
