@@ -5,7 +5,7 @@ import numpy as np
 
 import data
 import train
-from lab import words
+from lab import languages, words
 from support.folder import Learned
 from test_train import SCHEDULE, SHAPE, refusal
 from tiny import tiny
@@ -42,3 +42,9 @@ def test_it_is_one_command(corpus, capsys):
     assert all(row in printed for row in ("| anna | all | ", "| cleo | digits | "))
     assert "--run: missing" in refusal(capsys, [], words.main)
     assert "holds no checkpoint" in refusal(capsys, ["--run", "text"], words.main)
+
+
+def test_a_section_is_what_there_is_to_read():
+    page = """<html><head><title>no</title></head><body><div class="navheader"><div>no</div><p>no</p></div>
+        <h2>Title</h2><p>Some   <em>more</em>\n text.</p><pre>a  b\n  c</pre><ul><li>one</li></ul><hr></body></html>"""
+    assert languages.Section(page).text == "Title\n\nSome more text.\na  b\n  c\none\n"
