@@ -40,6 +40,7 @@ BYTES = Base("--init-from out/base/base.pt --expert lora --rounds 20 --router-st
              "2e-3,6e-3,2e-2", 6e-3, {"comigs-2g": 2e-2, "ffa-lora": 2e-2, "hetlora": 2e-2})
 SCRATCH = Base("--rounds 64 --router-lr 3e-3", "3e-3,6e-3", 3e-3, {"comigs": 6e-3})
 
+SIMPLEST = ("local", "fedavg", "comigs")
 PAPER = ("local", "fedavg", "pcl", "pfedmoe", "fdlora", "comigs", "comigs-2g", "comigs-2s", "comigs-uniform",
          "comigs-leaky", "comigs-apart")
 TELLING = ("local", "fedavg", "pcl", "fdlora", "comigs", "comigs-uniform", "comigs-apart")
@@ -73,51 +74,49 @@ MORE, LESS = (5, 10, 20, 40), (40, 20, 10, 5)  # kB of users with 1, 2, 4, 8 spe
 # Per layer and unit of rank, a byte model's attention has 6 C parameters and an expert 10 C; SmolLM2's 2,688 and 6,336.
 BYTES_RANKS, SMOLLM2_RANKS = "13,18,28,48", "14,19,30,53"
 
-EXPERIMENTS = {  # name -> what it asks, its base, and label -> flags of train.py
-    "languages": ("four languages, own text", SMOLLM2, SMOLLM2.runs(PAPER, "--data languages")),
-    "languages-both": ("as languages, but experts also learn from the validation text", SMOLLM2,
-                       SMOLLM2.runs(("local", "fedavg", "comigs"), f"--data languages {BOTH}")),
-    "news": ("four topics of AG News, mixed target", SMOLLM2, SMOLLM2.runs(PAPER, "--data agnews --target mixed")),
-    "domains": ("four domains, own text", SMOLLM2, SMOLLM2.runs(PAPER, "--data builtin --train-kb 140")),
-    "text": ("overfitting: text per user and number of specialists", SMOLLM2,
+EXPERIMENTS = {  # name -> what it asks, and label -> flags of train.py
+    "languages": ("four languages, own text", SMOLLM2.runs(PAPER, "--data languages")),
+    "languages-both": ("as languages, but experts also learn from the validation text",
+                       SMOLLM2.runs(SIMPLEST, f"--data languages {BOTH}")),
+    "news": ("four topics of AG News, mixed target", SMOLLM2.runs(PAPER, "--data agnews --target mixed")),
+    "domains": ("four domains, own text", SMOLLM2.runs(PAPER, "--data builtin --train-kb 140")),
+    "text": ("overfitting: text per user and number of specialists",
              overfitting(SMOLLM2, "languages", (10, 40), (1, 7))),
-    "more": ("devices of different size: more specialists where there is more text", SMOLLM2,
+    "more": ("devices of different size: more specialists where there is more text",
              sizes(SMOLLM2, "languages", MORE, SMOLLM2_RANKS)),
-    "less": ("devices of different size: more specialists where there is less text", SMOLLM2,
+    "less": ("devices of different size: more specialists where there is less text",
              sizes(SMOLLM2, "languages", LESS, SMOLLM2_RANKS)),
-    "A": ("dissimilar users, own text: all methods", BYTES, BYTES.runs(
+    "A": ("dissimilar users, own text: all methods", BYTES.runs(
         tuple(name for name in METHODS if name != "comigs-joint"))),  # which is pfedmoe's double here
-    "B": ("similar users, own text", BYTES, BYTES.runs(TELLING, "--data builtin-python")),
-    "C": ("dissimilar users, mixed target", BYTES, BYTES.runs((*TELLING, "comigs-leaky"), "--target mixed")),
-    "C-python": ("similar users, mixed target", BYTES, BYTES.runs(TELLING, "--data builtin-python --target mixed")),
-    "C-news": ("AG News, mixed target", BYTES, BYTES.runs(TELLING, "--data agnews --train-kb 40 --target mixed")),
-    "D": ("overfitting: text per user and number of specialists", BYTES,
+    "B": ("similar users, own text", BYTES.runs(TELLING, "--data builtin-python")),
+    "C": ("dissimilar users, mixed target", BYTES.runs((*TELLING, "comigs-leaky"), "--target mixed")),
+    "C-python": ("similar users, mixed target", BYTES.runs(TELLING, "--data builtin-python --target mixed")),
+    "C-news": ("AG News, mixed target", BYTES.runs(TELLING, "--data agnews --train-kb 40 --target mixed")),
+    "D": ("overfitting: text per user and number of specialists",
           overfitting(BYTES, "builtin", (5, 20, 60), (0, 1, 7))),
-    "E-more": ("devices of different size: more specialists where there is more text", BYTES,
+    "E-more": ("devices of different size: more specialists where there is more text",
                sizes(BYTES, "builtin", MORE, BYTES_RANKS)),
-    "E-less": ("devices of different size: more specialists where there is less text", BYTES,
+    "E-less": ("devices of different size: more specialists where there is less text",
                sizes(BYTES, "builtin", LESS, BYTES_RANKS)),
-    "F": ("ablations, where a router has to choose: top-2 of four experts", BYTES,
-          BYTES.runs(ABLATIONS, "--specialists 3")),
-    "both": ("as A, but experts also learn from the validation text", BYTES,
-             BYTES.runs(("local", "fedavg", "comigs"), BOTH)),
-    "both-mixed": ("as C, but experts also learn from the validation text", BYTES,
-                   BYTES.runs(("local", "fedavg", "comigs"), f"--target mixed {BOTH}")),
-    "scratch": ("as A, but from scratch", SCRATCH, SCRATCH.runs(("local", "fedavg", "comigs", "centralized"))),
+    "F": ("ablations, where a router has to choose: top-2 of four experts", BYTES.runs(ABLATIONS, "--specialists 3")),
+    "both": ("as A, but experts also learn from the validation text", BYTES.runs(SIMPLEST, BOTH)),
+    "both-mixed": ("as C, but experts also learn from the validation text",
+                   BYTES.runs(SIMPLEST, f"--target mixed {BOTH}")),
+    "scratch": ("as A, but from scratch", SCRATCH.runs((*SIMPLEST, "centralized"))),
 }
-CHOOSING = ("languages", "A")  # where the rates are chosen
+CHOOSING = {"languages": SMOLLM2.rates, "A": BYTES.rates}
 
 
 def experiment(arguments: list[str]) -> None:
     """Raises BadInput."""
     name, *more = arguments or ["--help"]
     if name in ("-h", "--help"):
-        print("\n".join([__doc__, *(f"{name:<16}{title}" for name, (title, _, _) in EXPERIMENTS.items())]))
+        print("\n".join([__doc__, *(f"{name:<16}{title}" for name, (title, _) in EXPERIMENTS.items())]))
         return
     if name not in EXPERIMENTS:
         raise BadInput(f"{name}: not an experiment; the first word is one of {', '.join(EXPERIMENTS)}")
-    title, base, flags = EXPERIMENTS[name]
-    tuning = ["--rates", base.rates] if name in CHOOSING else []
+    title, flags = EXPERIMENTS[name]
+    tuning = ["--rates", CHOOSING[name]] if name in CHOOSING else []
     comparison, rest = split(["--out", f"out/{name}", *tuning, *more], Comparison)
     rows = {label: parsed([*own.split(), *rest]) for label, own in flags.items()}
     print(title)

@@ -120,8 +120,8 @@ def test_bad_input_is_one_line_before_anything_is_run(wrong, compared, monkeypat
 @pytest.mark.parametrize("name", experiments.EXPERIMENTS)
 def test_in_an_experiment_only_what_it_asks_about_differs(name):
     """Where devices differ, users have as many parameters in all rows, to within 3 %, but for the routers."""
-    _, base, flags = experiments.EXPERIMENTS[name]
-    rows = [parsed(row.split()) for row in flags.values()]
+    rows = [parsed(row.split()) for row in experiments.EXPERIMENTS[name][1].values()]
+    base = {"smollm2": experiments.SMOLLM2, "scratch": experiments.SCRATCH}.get(rows[0].init_from, experiments.BYTES)
     for same in ("rounds", "local_steps", "batch_size", "block_size", "users", "router_every", "router_steps", "target",
                  "data", "init_from", "warmup", "weight_decay"):
         assert len({getattr(row, same) for row in rows}) == 1, same
@@ -139,7 +139,7 @@ def test_in_an_experiment_only_what_it_asks_about_differs(name):
 
 def test_an_experiment_is_one_command(corpus, monkeypatch, capsys):
     base = experiments.Base(SHORT, "1e-2", 6e-3, {})
-    monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", ("a title", base, {
+    monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", ("a title", {
         "comigs": base.run("comigs"), "local 2 S": base.run("local", "--specialists 2")}))
     assert experiments.main("tiny --out tiny --seeds 1".split()) == 0
     assert json.loads(Path("tiny/table.json").read_text()).keys() == {"comigs", "local 2 S"}

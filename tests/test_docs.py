@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import compare
-from lab import bench, experiments, pretrain
+from lab import bench, experiments, pretrain, words
 from methods import METHODS
 from sample import Sampling
 from support.settings import Settings, parsed
@@ -42,7 +42,8 @@ def test_ten_rows_lead_from_the_paper_to_functions_that_exist():
 @pytest.mark.parametrize(("command", "rest"), COMMANDS)
 def test_a_command_in_the_documents_parses(command, rest):
     arguments = [each for each in shlex.split(rest, comments=True) if each != "--help"]
-    kinds = {"train.py": Settings, "sample.py": Sampling, "-m lab.pretrain": pretrain.Pretraining}
+    kinds = {"train.py": Settings, "sample.py": Sampling, "-m lab.pretrain": pretrain.Pretraining,
+             "-m lab.words": words.Words}
     if command in kinds:
         assert parsed(arguments, kinds[command])
     elif command == "compare.py":
@@ -51,10 +52,10 @@ def test_a_command_in_the_documents_parses(command, rest):
     elif command == "-m lab.experiments" and arguments:
         _, more = compare.split(arguments[1:], compare.Comparison)
         rows = experiments.EXPERIMENTS[arguments[0]][1].values()
-        assert [parsed([*experiments.COMMON.split(), *row.split(), *more]) for row in rows]
+        assert [parsed([*row.split(), *more]) for row in rows]
     else:
-        assert command in ("-m lab.experiments", "-m lab.bench", "-m lab.play")
-        assert all(hasattr(bench, f"bench_{what}") for what in arguments)
+        assert command in ("-m lab.experiments", "-m lab.bench", "-m lab.play", "-m lab.languages")
+        assert command != "-m lab.bench" or all(hasattr(bench, f"bench_{what}") for what in arguments)
 
 
 def test_every_method_and_every_experiment_is_told():
