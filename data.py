@@ -282,11 +282,12 @@ def spread_windows(text: np.ndarray, n: int, T: int, device: str = "cpu") -> Ite
     yield windows[:, :-1], windows[:, 1:]
 
 
-def ordered_windows(text: np.ndarray, B: int, T: int, device: str = "cpu") -> Iterator[Batch]:
+def ordered_windows(text: np.ndarray, T: int, device: str = "cpu", B: int | None = None) -> Iterator[Batch]:
     """A whole text once, in order, in windows that don't overlap; the last one may be shorter.
 
-    Every token but the first is a target exactly once.
+    Every token but the first is a target exactly once. B: windows in a batch (default: some 1024 tokens).
     """
+    B = B or max(1, 1024 // T)
     text = torch.from_numpy(text.astype(np.int64)).to(device)
     full = (len(text) - 1) // T * T  # targets in full windows
     yield from zip(text[:full].view(-1, T).split(B), text[1:full + 1].view(-1, T).split(B), strict=True)

@@ -7,15 +7,20 @@
 A run that hasn't ended shows its newest checkpoint.
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 import torch
 
 import data
+from bilevel import evaluate
+from data import Text
 from model import GPT, GPTConfig
 from support import folder, page, pretrained
 from support.errors import BadInput
@@ -43,22 +48,56 @@ class Sampling:
         check(self)
 
 
-def load(run: Path) -> tuple[dict, list[Learned], tiktoken.Encoding]:
-    """The newest checkpoint of a run, its users' models and their tokenizer. Raises BadInput."""
-    state = folder.newest(run)
+@dataclass
+class Opened:
+    """A run as `open_run` finds it."""
+
+    folder: Path
+    settings: Settings
+    users: dict[str, Learned]  # models by user, or one for everyone
+    encoding: tiktoken.Encoding  # the tokenizer
+
+    @cached_property
+    def texts(self) -> dict[str, Text]:
+        """Each user's text, by name. Raises BadInput where it has changed since the run."""
+        texts = data.load(self.settings, self.encoding)
+        if folder.described(texts) != folder.json_of(self.folder / "config.json")["texts"]:
+            raise BadInput(f"`run` {self.folder}: its text, {self.settings.data}, has changed; restore it")
+        return {text.name: text for text in texts}
+
+    @property
+    def readers(self) -> list[tuple[Learned, Text]]:
+        """Who was tested on which text."""
+        users = list(self.users.values())
+        return list(zip(users * (len(self.texts) // len(users)), self.texts.values(), strict=True))
+
+    def perplexity(self, user: Learned, tokens: np.ndarray) -> float:
+        """Of a user's model on a whole text (n,), such as run.texts["anna"].test."""
+        return math.exp(evaluate(user.model, page.windows(tokens, user.model), user.gates)[0])
+
+
+def open_run(path: str | Path) -> Opened:
+    """The users' models of a run's newest checkpoint, its settings and its text. Raises BadInput.
+
+    run = open_run("out/NAME")
+    print(run.perplexity(run.users["anna"], run.texts["bert"].test))
+    """
+    path = Path(path)
+    state = folder.newest(path)
     if state is None:
-        raise BadInput(f"`run` {run}: holds no checkpoint.pt; give the folder of a run")
-    known, users, start = state["base"], [], None
+        raise BadInput(f"`run` {path}: holds no checkpoint.pt; give the folder of a run")
+    known, users, start = state["base"], {}, None
     if known["name"] != "scratch":
         config = state["users"][0]["config"]
         start = pretrained.load(known["name"], config["block_size"], config["n_head"], config["dtype"])
         if start.sha256 != known["sha256"]:
-            raise BadInput(f"`run` {run}: {known['name']} is no longer the file that it started from; restore it")
+            raise BadInput(f"`run` {path}: {known['name']} is no longer the file that it started from; restore it")
     for saved in state["users"]:
         model = GPT(GPTConfig(**saved["config"]), torch.Generator(), start and start.tensors)
         folder.restore_model(saved, model)
-        users.append(Learned(saved["name"], model, saved["gates"]))
-    return state, users, (start and start.encoding) or data.tokenizer(known["tokenizer"])
+        users[saved["name"]] = Learned(saved["name"], model, saved["gates"])
+    settings = Settings(**state["settings"] | {"resume": False, "overwrite": False})
+    return Opened(path, settings, users, (start and start.encoding) or data.tokenizer(known["tokenizer"]))
 
 
 def continued(user: Learned, sampling: Sampling, tokenizer: tiktoken.Encoding) -> Iterator[str]:
@@ -70,17 +109,13 @@ def continued(user: Learned, sampling: Sampling, tokenizer: tiktoken.Encoding) -
     yield from page.decode((token.item() for token in new), tokenizer, end="\n\n")
 
 
-def show_page(run: Path, state: dict, users: list[Learned], tokenizer: tiktoken.Encoding, path: Path) -> None:
+def show_page(run: Opened, path: Path) -> None:
     """Raises BadInput."""
-    settings = Settings(**state["settings"] | {"resume": False, "overwrite": False})
-    texts = data.load(settings, tokenizer)
-    if folder.described(texts) != folder.json_of(run / "config.json")["texts"]:
-        raise BadInput(f"`run` {run}: its text, {settings.data}, has changed; restore it")
-    users = users * (len(texts) // len(users))  # one for all, where text was pooled
+    users, texts = zip(*run.readers, strict=True)
     if path.is_dir():
         raise BadInput(f"`html` {path}: is a folder; give a file")
     try:
-        page.of_run(run, path, settings.title, texts, users, tokenizer)
+        page.of_run(run.folder, path, run.settings.title, texts, users, run.encoding)
     except (OSError, ValueError) as error:
         raise BadInput(f"`html` {path}: {error}; give another file, or check the run") from None
     print(path)
@@ -88,17 +123,16 @@ def show_page(run: Path, state: dict, users: list[Learned], tokenizer: tiktoken.
 
 def show(sampling: Sampling) -> None:
     """Raises BadInput."""
-    run = Path(sampling.run)
-    state, users, tokenizer = load(run)
-    named = {user.name: user for user in users}
-    if sampling.user not in (None, "all", *named):
-        raise BadInput(f"`user` {sampling.user}: not in this run; give all, or one of {', '.join(named)}")
+    run = open_run(sampling.run)
+    if sampling.user not in (None, "all", *run.users):
+        raise BadInput(f"`user` {sampling.user}: not in this run; give all, or one of {', '.join(run.users)}")
     if sampling.html:
-        show_page(run, state, users, tokenizer, Path(sampling.html))
+        show_page(run, Path(sampling.html))
     elif sampling.user == "all":
-        print("\n\n".join(f"{user.name}:\n{''.join(continued(user, sampling, tokenizer))}" for user in users))
+        print("\n\n".join(f"{name}:\n{''.join(continued(user, sampling, run.encoding))}"
+                          for name, user in run.users.items()))
     else:
-        for new in continued(named[sampling.user or users[0].name], sampling, tokenizer):
+        for new in continued(run.users[sampling.user or next(iter(run.users))], sampling, run.encoding):
             print(new, end="", flush=True)
         print()
 

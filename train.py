@@ -208,8 +208,7 @@ class Run:
         return kept(Path(self.settings.cache), key, lambda: evaluate(user.model, batches, first)[0])
 
     def all_of(self, tokens: np.ndarray) -> Iterator[data.Batch]:
-        T = self.settings.block_size
-        return data.ordered_windows(tokens, max(1, 1024 // T), T, self.settings.device)
+        return data.ordered_windows(tokens, self.settings.block_size, self.settings.device)
 
     def measure(self, split: str, whole: bool = True) -> list[tuple[float, list[float]]]:
         """Of each text: the loss in nats on that split, and the generalists' mean gate in each layer."""

@@ -59,7 +59,7 @@ def pretrain(settings: Pretraining) -> Path:
             loss = level.step(model)
             if step % 50 == 0:
                 bar.set_description(f"loss {loss:.2f}")
-    loss, _ = evaluate(model, data.ordered_windows(text.test, 64, settings.block_size, settings.device))
+    loss, _ = evaluate(model, data.ordered_windows(text.test, settings.block_size, settings.device))
     if not loss < DIVERGED:
         raise BadInput(f"`lr` {settings.lr}: the loss has grown to {loss:.3g}; take a smaller one")
     tensors = {GPT.plain_name(name): parameter for name, parameter in model.named_parameters()}

@@ -10,18 +10,16 @@ lists below, of German and French. A token belongs to the word that it is a part
 import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-import data
 from model import GENERALIST
-from sample import load
+from sample import open_run
 from support import page
 from support.errors import BadInput
 from support.folder import Learned
-from support.settings import Settings, check, parsed, setting, status_of
+from support.settings import check, parsed, setting, status_of
 from support.tables import markdown
 
 FUNCTION_WORDS = {  # by user
@@ -104,9 +102,8 @@ def report(found: dict[str, dict[str, tuple[int, np.ndarray]]], parts: int = 3) 
 
 def show(words: Words) -> None:
     """Raises BadInput."""
-    state, users, tokenizer = load(Path(words.run))
-    texts = data.load(Settings(**state["settings"] | {"resume": False, "overwrite": False}), tokenizer)
-    print(report({text.name: shares(user, text.test, tokenizer) for user, text in zip(users, texts, strict=True)}))
+    run = open_run(words.run)
+    print(report({text.name: shares(user, text.test, run.encoding) for user, text in run.readers}))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -73,8 +73,7 @@ def decode(tokens: Iterable[int], tokenizer: tiktoken.Encoding, end: str = "\nâ€
 
 def windows(tokens: np.ndarray, model: GPT) -> Iterator[data.Batch]:
     """A text as a model reads it."""
-    T = model.config.block_size
-    return data.ordered_windows(tokens, max(1, 1024 // T), T, str(model.tokens.weight.device))
+    return data.ordered_windows(tokens, model.config.block_size, str(model.tokens.weight.device))
 
 
 @torch.no_grad()

@@ -225,7 +225,7 @@ def test_a_gpt2_table_that_cant_be_had_is_one_line(monkeypatch):
 @pytest.mark.parametrize("length", [9, 10, 17, 41, 50])
 def test_ordered_windows_read_every_token_once_in_order(length):
     tokens = np.arange(length)
-    inputs, targets = zip(*data.ordered_windows(tokens, 2, 8), strict=True)
+    inputs, targets = zip(*data.ordered_windows(tokens, 8, B=2), strict=True)
     assert torch.equal(torch.cat([part.flatten() for part in inputs]), torch.from_numpy(tokens[:-1]))
     assert torch.equal(torch.cat([part.flatten() for part in targets]), torch.from_numpy(tokens[1:]))
     assert all(0 < part.shape[0] <= 2 and 0 < part.shape[1] <= 8 for part in inputs)

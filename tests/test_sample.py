@@ -1,7 +1,6 @@
 """Text from a run's models: they are the ones that were tested, and what is printed is what they make."""
 
 import json
-import math
 import re
 from pathlib import Path
 from unittest.mock import Mock
@@ -12,7 +11,6 @@ import torch
 import data
 import sample
 import train
-from bilevel import evaluate
 from support.folder import Learned
 from tiny import tiny
 
@@ -29,12 +27,11 @@ def run(corpus: str, base: dict, method: str = "comigs", start: str = LOW_RANK) 
 @pytest.mark.parametrize("method", ["comigs", "centralized", "pcl", "fdlora", "hetlora", "flexlora", "ffa-lora"])
 def test_the_models_of_a_checkpoint_are_those_that_were_tested(corpus, tiny_base, method):
     run(corpus, tiny_base, method, SCRATCH if method in ("comigs", "centralized") else LOW_RANK)
-    state, users, _ = sample.load(Path("run"))
-    texts = data.load(train.Settings(**state["settings"]), data.tokenizer("bytes"))
+    opened = sample.open_run("run")
     rows = json.loads(Path("run/result.json").read_text())["users"]
-    for text, user, row in zip(texts, users * (3 // len(users)), rows, strict=True):
-        loss, _ = evaluate(user.model, data.ordered_windows(text.test, 128, 8), user.gates)
-        assert math.exp(loss) == pytest.approx(row["test_ppl"], rel=1e-6)
+    assert [*opened.texts] == [row["name"] for row in rows] == ["anna", "bert", "cleo"]
+    for (user, text), row in zip(opened.readers, rows, strict=True):
+        assert opened.perplexity(user, text.test) == pytest.approx(row["test_ppl"], rel=1e-6)
     assert sample.main(["--run", "run", "--html", "again.html"]) == 0
     assert Path("again.html").read_bytes() == Path("run/page.html").read_bytes()
 
