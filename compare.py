@@ -18,7 +18,7 @@ from methods import METHODS
 from support import plots
 from support.errors import BadInput, Diverged
 from support.files import read_json, write_json, write_text
-from support.folder import json_of
+from support.folder import code, json_of
 from support.settings import Settings, as_flags, check, given_in, parsed, setting, status_of
 from support.tables import curves, summarize, table
 from train import Run
@@ -34,6 +34,7 @@ class Comparison:
         float, above=0, many=True)
     out: str = setting("out/compare", "folder of the runs, of table.md and of table.json")
     plot: bool = setting(False, "also draw table.png and table.svg (needs matplotlib)", bool)
+    anew: bool = setting(False, "play a run again that is there, but was made by other code", bool)
 
     def __post_init__(self):
         check(self)
@@ -50,16 +51,19 @@ class OfMethods(Comparison):
 Rows = dict[str, Settings]  # by label
 
 
-def finished(settings: Settings, bar: tqdm) -> Path:
+def finished(settings: Settings, anew: bool, bar: tqdm) -> Path:
     """The folder of a run that has ended: earlier, or because it is played or continued now."""
     folder = Path(settings.out)
-    config = folder / "config.json"
+    kept = json_of(folder / "config.json") if (folder / "config.json").exists() else None
     here = {"out": settings.out, "overwrite": settings.overwrite}
-    if config.exists() and Settings(**json_of(config)["settings"] | here) == settings:
-        if (folder / "result.json").exists():
+    if kept and Settings(**kept["settings"] | here) == settings:
+        other = kept.get("code") != code()
+        if other and not anew:
+            bar.write(f"{folder}: is the work of other code; --anew makes it again", file=sys.stderr)
+        settings = replace(settings, overwrite=other and anew, resume=not (other and anew))
+        if settings.resume and (folder / "result.json").exists():
             bar.update(settings.rounds * settings.users)
             return folder
-        settings = replace(settings, overwrite=False, resume=True)
     Run(settings).play(bar)
     return folder
 
@@ -71,7 +75,7 @@ def play(rows: Rows, comparison: Comparison) -> tuple[dict[str, list[Path]], dic
         seed += rows[label].seed
         out = f"{comparison.out}/{label.replace(' ', '-')}-lr{rate}-seed{seed}"
         try:
-            return finished(replace(rows[label], lr=rate, seed=seed, out=out), bar)
+            return finished(replace(rows[label], lr=rate, seed=seed, out=out), comparison.anew, bar)
         except Diverged as error:
             bar.write(f"{label}, seed {seed}: {as_flags(str(error))}", file=sys.stderr)
             return None

@@ -4,6 +4,7 @@ A checkpoint is written under another name, brought to the disk and then renamed
 the next. torch.save writes a zip archive with a checksum for each part, so a damaged one is recognised.
 """
 
+import ast
 import hashlib
 import itertools
 import json
@@ -39,6 +40,7 @@ except ImportError:  # on Windows nothing keeps two processes apart
     fcntl = None
 
 FORMAT = 4  # of config.json and checkpoints
+DECIDING = ("model", "bilevel", "federated", "methods", "data", "train", "support/kernels")  # code whose digest is kept
 FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "previous.pt", "result.json", "page.html", "curves.png",
          "curves.svg")
 
@@ -48,7 +50,16 @@ def config_of(settings: Settings, start: Base, texts: list[Text]) -> dict:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
                 "tiktoken": tiktoken.__version__}
     return {"format": FORMAT, "settings": plain(settings) | {"resume": False}, "base": reference(start),
-            "texts": described(texts), "versions": versions, "threads": torch.get_num_threads()}
+            "texts": described(texts), "code": code(), "versions": versions, "threads": torch.get_num_threads()}
+
+
+def code() -> str:
+    """A digest of the code that decides figures: of what it does, not of its comments and docstrings."""
+    trees = [ast.parse((Path(__file__).parent.parent / f"{name}.py").read_text(encoding="utf-8")) for name in DECIDING]
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()[:16]
 
 
 def reference(start: Base) -> dict:

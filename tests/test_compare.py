@@ -9,7 +9,7 @@ import pytest
 import compare
 import train
 from lab import experiments
-from support import plots
+from support import folder, plots
 from support.errors import Diverged
 from support.settings import parsed
 from support.tables import curves, summarize, table
@@ -47,6 +47,32 @@ def test_what_is_there_isnt_run_again_what_was_cut_off_is_and_other_settings_are
     assert result("local", 0.006, 1)["users"] == runs[1]["users"]
     assert compared("--local-steps 3") == 2
     assert "holds a run" in capsys.readouterr().err
+
+
+def test_a_run_of_other_code_is_kept_with_a_word_or_made_anew(compared, monkeypatch, capsys):
+    assert compared() == 0
+    monkeypatch.setattr("compare.code", lambda: "other")
+    monkeypatch.setattr("support.folder.code", lambda: "other")
+    capsys.readouterr()
+    assert compared() == 0
+    said = capsys.readouterr().err
+    assert said.count("is the work of other code; --anew makes it again") == 6  # the first seed is asked for twice
+    assert compared("--anew") == 0
+    capsys.readouterr()
+    assert compared() == 0
+    assert "code" not in capsys.readouterr().err
+
+
+def test_the_digest_of_the_code_is_of_what_it_does(tmp_path, monkeypatch):
+    def digest(source: str) -> str:
+        for name in folder.DECIDING:
+            (tmp_path / f"{name}.py").parent.mkdir(exist_ok=True)
+            (tmp_path / f"{name}.py").write_text(source)
+        return folder.code()
+    monkeypatch.setattr(folder, "__file__", str(tmp_path / "support" / "folder.py"))
+    one = digest('"""One."""\ndef f():\n    """One."""\n    return 1  # one\n')
+    assert one == digest('"""Two."""\n\ndef f():\n    """Two."""\n    return 1\n')
+    assert one != digest('"""One."""\ndef f():\n    """One."""\n    return 2  # one\n')
 
 
 def test_each_method_gets_the_rate_that_is_best_on_validation_text_of_the_first_seed(compared):
