@@ -14,15 +14,18 @@ import pytest
 import torch
 
 import compare
+import train
 from lab import bench, experiments, pretrain, words
 from methods import METHODS
 from sample import Sampling
 from support.settings import Settings, parsed
+from test_train import TINY
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text().replace("\\\n", "") for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
 COMMANDS = sorted({found for page in PAGES.values() for found in re.findall(
     r"(?:python|torchrun .*?) ((?:train|compare|sample)\.py\b|-m lab\.\w+)([^`\n]*)", page)})
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGES["guide.md"], re.DOTALL)
 
 
 def test_the_readme_is_short_and_names_every_file_and_room():
@@ -72,9 +75,20 @@ def test_links_lead_to_files_and_headings(page):
         assert heading in ["", *(re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles)]
 
 
+def test_the_guides_three_lines_say_how_good_each_model_is_on_each_text(corpus, capsys):
+    block, = (block for block in BLOCKS if "open_run" in block)
+    assert train.main([*TINY, "--data", "text", "--out", "out/NAME"]) == 0
+    capsys.readouterr()
+    exec(block, {})
+    rows = [row.split() for row in capsys.readouterr().out.splitlines()]
+    assert [len(row) for row in rows] == [4, 4, 4]
+    result = json.loads(Path("out/NAME/result.json").read_text())["users"]
+    assert [(row[0], float(row[i + 1])) for i, row in enumerate(rows)] == [
+        (user["name"], round(user["test_ppl"], 2)) for user in result]
+
+
 def test_the_guides_own_method_trains_and_takes_the_median(tmp_path, corpus, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", PAGES["guide.md"], re.DOTALL)
-    (tmp_path / "median.py").write_text(next(block for block in blocks if "class Median" in block))
+    (tmp_path / "median.py").write_text(next(block for block in BLOCKS if "class Median" in block))
     flags = f"--method median --data {corpus} --users 3 --rounds 2 --local-steps 2 --n-layer 1 --n-embd 8 --out run"
     subprocess.run([sys.executable, "median.py", *flags.split()], check=True, capture_output=True, timeout=120,
                    env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
