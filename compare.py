@@ -57,10 +57,8 @@ def finished(settings: Settings, anew: bool, bar: tqdm) -> Path:
     kept = json_of(folder / "config.json") if (folder / "config.json").exists() else None
     here = {"out": settings.out, "overwrite": settings.overwrite}
     if kept and Settings(**kept["settings"] | here) == settings:
-        other = kept.get("code") != code()
-        if other and not anew:
-            bar.write(f"{folder}: is the work of other code; --anew makes it again", file=sys.stderr)
-        settings = replace(settings, overwrite=other and anew, resume=not (other and anew))
+        again = anew and kept.get("code") != code()
+        settings = replace(settings, overwrite=again, resume=not again)
         if settings.resume and (folder / "result.json").exists():
             bar.update(settings.rounds * settings.users)
             return folder
@@ -101,7 +99,10 @@ def compare(rows: Rows, comparison: Comparison) -> None:
     if comparison.rates and any(row.experts_see == "both" for row in rows.values()):
         raise BadInput("`rates`: can't be judged by validation text that experts learn from; leave `experts_see` out")
     folders, tried = play(rows, comparison)
-    summaries = {}
+    summaries, every = {}, [run for runs in folders.values() for run in runs]
+    if others := sum(json_of(run / "config.json").get("code") != code() for run in every):
+        print(f"{others} of these {len(every)} runs are the work of other code; --anew makes them again",
+              file=sys.stderr)
     for label, runs in folders.items():
         few = f" ({len(runs)} of {comparison.seeds} seeds)" if len(runs) < comparison.seeds else ""
         if runs:

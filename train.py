@@ -79,8 +79,8 @@ def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> 
     lower = method.level(model.having(GENERALIST, SPECIALIST), batches(seen, "train"), settings.lr,
                          settings.weight_decay, cosine(steps, min(settings.warmup, steps // 5)))
     router = model.having(ROUTER)
-    upper = method.router_level(router, batches((method.router_text,), "valid"), settings.router_lr or settings.lr
-                                ) if router else None
+    routing = batches((method.router_text,), "valid")
+    upper = method.router_level(router, routing, settings.rate_of_routers) if router else None
     weight = sum(len(text.train) for text in texts) if settings.average == "tokens" else 1
     return method.user(name, model, lower, upper, weight, judge)
 

@@ -47,6 +47,11 @@ TELLING = ("local", "fedavg", "pcl", "fdlora", "comigs", "comigs-uniform", "comi
 ABLATIONS = ("local", "comigs", "comigs-uniform", "comigs-train", "comigs-joint", "pfedmoe", "comigs-leaky")
 
 
+def paper(more: str) -> dict[str, str]:
+    """The paper's methods on SmolLM2, and CoMiGS with routers as slow as the experts, which is the authors' setting."""
+    return {**SMOLLM2.runs(PAPER, more), "comigs router 2e-3": SMOLLM2.run("comigs", f"--router-lr 2e-3 {more}")}
+
+
 BOTH = "--experts-see both"  # so that nobody has more text to learn from than another
 
 
@@ -75,11 +80,11 @@ MORE, LESS = (5, 10, 20, 40), (40, 20, 10, 5)  # kB of users with 1, 2, 4, 8 spe
 BYTES_RANKS, SMOLLM2_RANKS = "13,18,28,48", "14,19,30,53"
 
 EXPERIMENTS = {  # name -> what it asks, and label -> flags of train.py
-    "languages": ("four languages, own text", SMOLLM2.runs(PAPER, "--data languages")),
+    "languages": ("four languages, own text", paper("--data languages")),
     "languages-both": ("as languages, but experts also learn from the validation text",
                        SMOLLM2.runs(SIMPLEST, f"--data languages {BOTH}")),
-    "news": ("four topics of AG News, mixed target", SMOLLM2.runs(PAPER, "--data agnews --target mixed")),
-    "domains": ("four domains, own text", SMOLLM2.runs(PAPER, "--data builtin --train-kb 140")),
+    "news": ("four topics of AG News, mixed target", paper("--data agnews --target mixed")),
+    "domains": ("four domains, own text", paper("--data builtin --train-kb 140")),
     "text": ("overfitting: text per user and number of specialists",
              overfitting(SMOLLM2, "languages", (10, 40), (1, 7))),
     "more": ("devices of different size: more specialists where there is more text",

@@ -40,7 +40,7 @@ except ImportError:  # on Windows nothing keeps two processes apart
     fcntl = None
 
 FORMAT = 4  # of config.json and checkpoints
-DECIDING = ("model", "bilevel", "federated", "methods", "data", "train", "support/kernels")  # code whose digest is kept
+DECIDING = ("model", "bilevel", "federated", "methods", "data", "support/kernels")  # code whose digest is kept
 FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "previous.pt", "result.json", "page.html", "curves.png",
          "curves.svg")
 

@@ -86,7 +86,7 @@ def check(settings) -> None:
 SCRATCH = dict(n_layer=3, n_head=4, n_embd=128)  # the shape, where no base decides
 USUAL = {  # what suits a small model, and one that others pretrained
     "batch_size": (8, 2), "block_size": (64, 128), "rounds": (64, 10), "lr": (6e-3, 1e-3), "warmup": (100, 20),
-    "eval_every": (16, 5)}
+    "eval_every": (16, 5), "router_steps": (5, 10)}
 
 
 def usual(name: str, help: str, kind: type, low: float | None = None, **values):
@@ -162,9 +162,10 @@ class Settings(Training):
                                           "the base's)")
     experts_see: str = setting("train", "the text that experts learn from: training text, or validation text as well",
                                choices=("train", "both"))
-    router_lr: float | None = setting(None, "the routers' learning rate (default: as --lr)", float, above=0)
+    router_lr: float | None = setting(None, "the routers' learning rate (default: as --lr, or five times that on "
+                                            "SmolLM2 and the like)", float, above=0)
     router_every: int = setting(30, "expert steps between two visits to the router", int, 1)
-    router_steps: int = setting(5, "router steps in such a visit", int, 0)
+    router_steps: int | None = usual("router_steps", "router steps in such a visit", int, 0)
     rounds: int | None = usual("rounds", "communication rounds", int, 1)
     local_steps: int = setting(10, "expert steps of a user in a round", int, 1)
     average: str = setting("uniform", "a user's weight in the average: the same for all, or its training tokens",
@@ -211,6 +212,10 @@ class Settings(Training):
     @property
     def by_others(self) -> bool:
         return pretrained.by_others(self.init_from)
+
+    @property
+    def rate_of_routers(self) -> float:
+        return self.router_lr or self.lr * (5 if self.by_others else 1)
 
     @property
     def title(self) -> str:

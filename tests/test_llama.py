@@ -279,10 +279,12 @@ def test_a_run_on_a_file_learns_in_both_dtypes_alike_and_its_models_write_text(c
 
 
 @pytest.mark.parametrize(("init_from", "usual"), [
-    ("x.gguf", (128, 2, 10)), ("smollm2", (128, 2, 10)), ("base.pt", (64, 8, 64)), ("scratch", (64, 8, 64))])
+    ("x.gguf", (128, 2, 10, 10, 0.01)), ("smollm2", (128, 2, 10, 10, 0.01)),
+    ("base.pt", (64, 8, 64, 5, 0.002)), ("scratch", (64, 8, 64, 5, 0.002))])
 def test_what_others_pretrained_has_defaults_of_its_own(init_from, usual):
-    settings = Settings(init_from=init_from, expert="mlp" if init_from == "scratch" else "lora")
-    assert (settings.block_size, settings.batch_size, settings.rounds) == usual
+    settings = Settings(init_from=init_from, expert="mlp" if init_from == "scratch" else "lora", lr=0.002)
+    assert (settings.block_size, settings.batch_size, settings.rounds, settings.router_steps,
+            settings.rate_of_routers) == usual
 
 
 def test_auto_is_bfloat16_only_on_the_frozen_base_of_others_where_the_processor_multiplies_it(monkeypatch):
