@@ -29,7 +29,8 @@ NUMBERS = dict(enumerate("no one two three four five six seven eight nine ten".s
 
 def of_run(folder: Path, path: Path, title: str, texts: list[data.Text], users: list[Learned],
            tokenizer: tiktoken.Encoding) -> None:
-    """Write the page of a run, of test text if it has ended, else of validation text. Raises OSError, ValueError."""
+    """Write the page of a run, of test text if it has ended, else of validation text. A text's user is the one in the
+    same place. Raises OSError, ValueError."""
     metrics, n = read_lines(folder / "metrics.jsonl"), len(texts)
     result = read_json(folder / "result.json") if (folder / "result.json").exists() else None
     progress = [[user[key] for key in ("name", "test_ppl_start", "test_ppl", "trigram_ppl")]
