@@ -1,9 +1,4 @@
-"""The page of a run: every token coloured by its gates, the curves of the losses, and the table, in one HTML file.
-
-    python sample.py --run out/NAME --html page.html
-
-What is to be seen is computed here and put as JSON into page.html, which draws it.
-"""
+"""The page of a run: what is to be seen is computed here and put as JSON into page.html, which draws it."""
 
 import base64
 import codecs
@@ -19,32 +14,63 @@ import torch
 
 import data
 from bilevel import evaluate
-from data import Text
 from model import GENERALIST, GPT, dense_gates
 from support.files import read_json, read_lines, write_text
 from support.folder import Learned
+from support.sampling import stream
 
 SHOWN = 8  # users on the page, at most
 OWN, COMMON = 800, 150  # tokens shown of a user's text, and of each user's in the text that all users read
-READ = 4000  # tokens that the lists of each expert's favourites are made from
-KINDS = {"letters": r"\w*[^\W\d_]\w*", "digits": r"\d+", "space": r"\s+", "other": r".*"}  # of a token's text
+PROMPT, WRITTEN = 20, 60  # tokens of a beginning that all models are given, and that each adds to it
+READ = 4000  # tokens that an expert's favourites and the shares by kind are computed from
+KINDS = re.compile(r" *(?:(?P<letters>\w*[^\W\d_]\w*)|(?P<digits>\d+)) *|(?P<space>\s+)|(?P<other>.*)", re.S)
+NUMBERS = dict(enumerate("no one two three four five six seven eight nine ten".split()))
 
 
-def of_run(folder: Path, path: Path, title: str, texts: list[Text], users: list[Learned],
+def of_run(folder: Path, path: Path, title: str, texts: list[data.Text], users: list[Learned],
            tokenizer: tiktoken.Encoding) -> None:
     """Write the page of a run, of test text if it has ended, else of validation text. A text's user is the one in the
     same place. Raises OSError, ValueError."""
+    metrics, n = read_lines(folder / "metrics.jsonl"), len(texts)
     result = read_json(folder / "result.json") if (folder / "result.json").exists() else None
-    content = {"title": title, "users": len(texts), "result": result, "metrics": read_lines(folder / "metrics.jsonl")}
+    progress = [[user[key] for key in ("name", "test_ppl_start", "test_ppl", "trigram_ppl")]
+                for user in result["users"]] if result else [
+        [first["user"], math.exp(first["valid_loss"]), math.exp(last["valid_loss"]), None]
+        for first, last in zip(metrics[:n], metrics[-n:], strict=True)]
     shown = [(text.name, text.test if result else text.valid, user)
              for text, user in zip(texts, users, strict=True)][:SHOWN]
-    content["own"] = [view(*each, tokenizer, OWN) for each in shown]
-    mixed = len(shown) > 1 and all(np.array_equal(tokens, shown[0][1]) for _, tokens, _ in shown)
-    common = np.concatenate([tokens[:COMMON] for _, tokens, _ in shown])
-    content["same"] = [] if mixed else [view(name, common, user, tokenizer, len(common)) for name, _, user in shown]
-    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    alike = len({tokens.tobytes() for _, tokens, _ in shown}) == 1
+    prompt, common = shown[0][1][:PROMPT], np.concatenate([tokens[:COMMON] for _, tokens, _ in shown])
+    content = {
+        "title": title, "headline": headline(progress, max(line["round"] for line in metrics), users),
+        "written": [[user.name, *written(user, prompt, tokenizer)] for user in dict.fromkeys(users[:SHOWN])],
+        "own": [view(*each, tokenizer, OWN) for each in shown],
+        "same": [] if alike else [view(name, common, user, tokenizer, len(common)) for name, _, user in shown],
+        "progress": progress, "result": result, "metrics": metrics}
     inert = json.dumps(content).replace("<", "\\u003c")  # ASCII, and no tag can begin in it
-    write_text(path, page.replace("@@DATA@@", inert))
+    write_text(path, Path(__file__).with_name("page.html").read_text(encoding="utf-8").replace("@@DATA@@", inert))
+
+
+def headline(progress: list[list], rounds: int, users: list[Learned]) -> str:
+    """A run in a sentence. progress: each user's name, perplexity before and after, and, at the end, its trigram's."""
+    n, (before, after, trigram) = len(progress), np.array([row[1:] for row in progress], float).T  # None becomes nan
+    model, number = users[0].model, NUMBERS.get(n, n)
+    how = "from pooled text" if model is users[-1].model else "together" if model.having(GENERALIST) else "alone"
+    who, mean = ("One user learned", "") if n == 1 else (f"{number} users learned {how}".capitalize(), " on average")
+    when = f"for {rounds} round{'s' * (rounds != 1)}{' so far: validation' if np.isnan(trigram).all() else ': test'}"
+    everyone = {1: "they", 2: "both"}.get(n, f"all {number}")
+    claims = {"beat a trigram table of their own text": (after < trigram).sum(), "got worse": (after > before).sum(),
+              "lost to a trigram table of their own text": (after >= trigram).all() * n}
+    told = (f"{everyone if k == n else f'{NUMBERS.get(k, k)} of {number}'} {claim}" for claim, k in claims.items() if k)
+    return "; ".join([f"{who} {when} perplexity {before.mean():.1f}\xa0→\xa0{after.mean():.2f}{mean}", *told])
+
+
+def written(user: Learned, prompt: np.ndarray, tokenizer: tiktoken.Encoding) -> list[str]:
+    """A prompt, and how a user's model goes on, always with the likeliest token."""
+    idx = torch.from_numpy(prompt.astype(np.int64))[None].to(user.model.tokens.weight.device)
+    new = stream(user.model, idx, WRITTEN, temperature=0, vocabulary=tokenizer.n_vocab, gates=user.gates)
+    words = list(decode([*prompt.tolist(), *map(int, new)], tokenizer))
+    return ["".join(words[1:len(prompt)]), "".join(words[len(prompt):])]
 
 
 def view(name: str, tokens: np.ndarray, user: Learned, tokenizer: tiktoken.Encoding, shown: int) -> dict:
@@ -52,13 +78,15 @@ def view(name: str, tokens: np.ndarray, user: Learned, tokenizer: tiktoken.Encod
     tokens = tokens[:READ]
     gates = gates_of(user, tokens)  # (L, n - 1, E): the last token is only a target
     words = list(decode(tokens[:-1].tolist(), tokenizer))
+    kinds = np.array([KINDS.fullmatch(word).lastgroup for word in words])
     generalists = user.model.config.expert_roles.count(GENERALIST)
     return {
         "name": name, "tokens": words[:shown], "read": len(words), "worth": worth(user, tokens, gates),
         "layers": gates.shape[0], "experts": gates.shape[2], "generalists": generalists,
         "gates": base64.b64encode((gates[:, :shown] * 255).round().astype(np.uint8).tobytes()).decode(),  # in 255ths
         "favourites": [[favourites(words, each) for each in layer.T] for layer in gates],
-        "kinds": [by_kind(words, layer[:, :generalists].sum(1)) for layer in gates]}
+        "kinds": [{kind: float(layer[kinds == kind, :generalists].sum(1).mean()) for kind in sorted(set(kinds))}
+                  for layer in gates]}
 
 
 def decode(tokens: Iterable[int], tokenizer: tiktoken.Encoding, end: str = "\n‖") -> Iterator[str]:
@@ -98,11 +126,4 @@ def favourites(words: list[str], gates: np.ndarray, most: int = 10, often: int =
     names, which = np.unique(np.array(words, dtype=object), return_inverse=True)
     count, total = np.bincount(which), np.bincount(which, gates)
     mean = np.where(count >= often, total / count, 0)
-    return [(names[i], float(mean[i])) for i in np.argsort(-mean, kind="stable")[:most] if mean[i] >= 0.005]
-
-
-def by_kind(words: list[str], share: np.ndarray) -> dict[str, float]:
-    """The generalists' mean share of tokens of each kind that there is."""
-    kinds = np.array([next(kind for kind, form in KINDS.items() if re.fullmatch(form, word.strip(" ") or word, re.S))
-                      for word in words])
-    return {kind: float(share[kinds == kind].mean()) for kind in KINDS if (kinds == kind).any()}
+    return [(names[i], float(mean[i])) for i in np.argsort(-mean, kind="stable")[:most] if mean[i] >= 0.01]

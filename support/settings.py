@@ -219,7 +219,11 @@ class Settings(Training):
 
     @property
     def title(self) -> str:
-        return f"{self.method} on {self.data}, seed {self.seed}"
+        """What is run, in a line."""
+        method, data, base = METHODS[self.method], Path(self.data).resolve().name, Path(self.init_from).name
+        router = f"{self.top_k} for each token" if method.routed else "no router"
+        return (f"{self.method}: {method.summary}. Text: {data}, target: {self.target}. Base: {base}. Experts: "
+                f"{self.expert}, {router}. {self.rounds} rounds of {self.local_steps} steps, seed {self.seed}.")
 
 
 def plain(settings) -> dict:

@@ -1,4 +1,4 @@
-"""The page: the routing shown is the routing used, any text is safe, and a run's folder is enough to draw it from."""
+"""The page: what it says of a run is so, the routing shown is the routing used, and any text is safe."""
 
 import base64
 import json
@@ -17,13 +17,16 @@ import torch
 import data
 import sample
 import train
+from model import GENERALIST, SPECIALIST
 from support import page, plots
 from support.folder import Learned
+from support.sampling import generate
 from tiny import tiny
 
 SOURCE = Path(page.__file__).with_name("page.html").read_text(encoding="utf-8")
 NAME, TEXT = "<b>&'\"", b"some text to route, longer than a window"
 NASTY = "<script>alert('&amp;')</script>\t\"q\" 'x' שלום مرحبا é 漢字 \u2028 </article> @@DATA@@ <!-- word "
+OWN = {GENERALIST: SPECIALIST}
 GIVEN = torch.tensor([[.5, .3, .2], [0, .9, .1]])
 
 
@@ -45,6 +48,9 @@ def data_of(path: str) -> dict:
 
 
 def made(texts: list[data.Text], user: Learned) -> dict:
+    """The page of a run that has just begun."""
+    lines = [{"round": 0, "user": text.name, "valid_loss": 5.0} for text in texts]
+    Path("metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     page.of_run(Path(), Path("page.html"), "a run", texts, [user] * len(texts), data.tokenizer("bytes"))
     return data_of("page.html")
 
@@ -87,15 +93,71 @@ def test_favourites_and_kinds_worked_by_hand():
     words, gates = ["a", "b", "a", "b", "\0"] * 5, np.array([.9, .1, .7, .3, 1] * 5)
     assert page.favourites(words, gates) == [("\0", 1), ("a", pytest.approx(.8)), ("b", pytest.approx(.2))]
     assert page.favourites([*words[:-2], "x", "y"], gates, most=1) == [("a", pytest.approx(.8))]  # \0: only four
-    assert page.favourites(words, np.full(25, .004)) == []  # 0%
-    assert page.by_kind(["a1", "7", " ", ".", " the"], np.array([1, .5, 0, .25, 0])) == {
-        "letters": .5, "digits": .5, "space": 0, "other": .25}
+    assert page.favourites(words, np.full(25, .009)) == []  # hardly ever chosen
+    kinds = [page.KINDS.fullmatch(word).lastgroup for word in ("a1", " the", "7", " 42", " ", "\n  ", ".", " +=", "")]
+    assert kinds == ["letters"] * 2 + ["digits"] * 2 + ["space"] * 2 + ["other"] * 3
 
 
 def test_at_most_8_users_read_the_same_text_but_a_mixed_target_only_once():
     several = made([text_of(b"text %d" % n) for n in range(11)], user_of())
-    assert (len(several["own"]), several["users"], {view["read"] for view in several["same"]}) == (8, 11, {8 * 7 - 1})
+    assert (len(several["own"]), len(several["progress"])) == (8, 11)
+    assert {view["read"] for view in several["same"]} == {8 * 7 - 1}
     assert made([text_of(TEXT)] * 2, user_of())["same"] == []
+
+
+TABLE = "a trigram table of their own text"
+
+
+@pytest.mark.parametrize(("perplexities", "roles", "sentence"), [
+    ([(200, 8, 9), (280, 7.4, 9)], {},
+     f"Two users learned together for 4 rounds: test perplexity 240.0 → 7.70 on average; both beat {TABLE}"),
+    ([(200, 8, 9)] * 3 + [(8, 10, 9)], OWN,
+     f"Four users learned alone for 4 rounds: test perplexity 152.0 → 8.50 on average; three of four beat {TABLE}; "
+     "one of four got worse"),
+    ([(10, 12, 9)] * 12, {},
+     "12 users learned together for 4 rounds: test perplexity 10.0 → 12.00 on average; all 12 got worse; "
+     f"all 12 lost to {TABLE}"),
+    ([(200, 8, 9)], {}, f"One user learned for 4 rounds: test perplexity 200.0 → 8.00; they beat {TABLE}"),
+    ([(200, 30, None)] * 3, {},
+     "Three users learned together for 4 rounds so far: validation perplexity 200.0 → 30.00 on average"),
+])
+def test_the_headline_says_who_learned_how_and_whether_it_worked(perplexities, roles, sentence):
+    rows, users = [["a", *each] for each in perplexities], [user_of(roles=roles) for _ in perplexities]
+    assert page.headline(rows, 4, users) == sentence.replace(" → ", "\xa0→\xa0")
+
+
+def test_the_headline_of_one_model_for_all_says_so():
+    told = page.headline([["a", 10, 5, 9], ["b", 10, 5, 9]], 1, [user_of(roles=OWN)] * 2)
+    assert told.startswith("Two users learned from pooled text for 1 round: ")
+
+
+def test_what_a_model_writes_is_likeliest_and_the_same_every_time_half_characters_included():
+    user, tokenizer = user_of(), data.tokenizer("bytes")
+    start = data.encode("ein Märchen", tokenizer)[:6]  # in the middle of the ä
+    prompt, more = page.written(user, start, tokenizer)
+    tokens = generate(user.model, torch.tensor(start.astype(int))[None], page.WRITTEN, temperature=0)[0].tolist()
+    assert prompt == "ein M"
+    assert prompt + more == "".join(page.decode(tokens, tokenizer)).removeprefix("‖")
+    assert page.written(user, start, tokenizer) == [prompt, more]
+
+
+def test_tokens_are_legible_on_every_colour_in_light_and_in_dark():
+    def channels(colour: str) -> np.ndarray:
+        return np.array([int(colour[i:i + 2], 16) for i in (0, 2, 4)] if len(colour) == 6 else
+                        [int(digit * 2, 16) for digit in colour]) / 255
+
+    def luminance(colour: np.ndarray) -> float:  # as WCAG 2 defines it
+        return np.where(colour <= .04045, colour / 12.92, ((colour + .055) / 1.055) ** 2.4) @ [.2126, .7152, .0722]
+
+    schemes = [dict(re.findall(r"--(\w+): #(\w+)", rule)) for rule in re.findall(":root {(.*?)}", SOURCE)]
+    assert len(schemes) == 2
+    for scheme in schemes:
+        ink, generalist, neutral, specialist = (channels(scheme[name]) for name in (
+            "ink", "generalist", "neutral", "specialist"))
+        for end in (generalist, specialist):
+            for share in np.linspace(0, 1, 11):
+                low, high = sorted((luminance(ink), luminance(share * end + (1 - share) * neutral)))
+                assert (high + .05) / (low + .05) >= 4.5
 
 
 def drawn(path: Path) -> tuple[str, str]:
@@ -112,7 +174,8 @@ def drawn(path: Path) -> tuple[str, str]:
 def test_a_runs_page_is_made_from_its_folder_and_drawn_by_a_browser(corpus, tmp_path):
     """One of the users is out for mischief, and the run is looked at again as if it were still going."""
     (Path(corpus) / "bert.txt").rename(Path(corpus) / f"{NAME}.txt").write_text(NASTY * 60)
-    assert train.main("--users 3 --rounds 2 --eval-every 1 --n-layer 1 --n-embd 16 --out run --data text".split()) == 0
+    assert train.main("--users 3 --specialists 4,1,1 --rounds 2 --eval-every 1 --n-layer 1 --n-embd 16 --out run "
+                      "--data text".split()) == 0
     result = json.loads(Path("run/result.json").read_text())
     Path("run/result.json").unlink()
     assert sample.main("--run run --html going.html".split()) == 0
@@ -120,13 +183,21 @@ def test_a_runs_page_is_made_from_its_folder_and_drawn_by_a_browser(corpus, tmp_
     assert (ended["result"], ended["metrics"], going["result"], going["metrics"]) == (result, metrics, None, metrics)
     assert going["own"][1]["tokens"] != ended["own"][1]["tokens"]  # validation text
     elements, text = drawn(tmp_path / "run" / "page.html")
+    assert f"{ended['headline']}comigs: generalists are averaged, " in text
+    for user in result["users"]:
+        assert (f"{user['name']}1{user['specialists']}{user['test_ppl_start']:.1f} → {user['test_ppl']:.2f}  "
+                f"◇ {user['trigram_ppl']:.2f}") in text
     assert NASTY * 2 in text
     assert f"mean{result['mean_test_ppl']:.2f}" in text
-    gates = base64.b64decode(ended["own"][0]["gates"])[::2]  # the generalist's, of the only layer
-    shares = re.findall("<b [^>]*--share: ([^;]*)", elements)[:len(gates)]
-    assert list(map(float, shares)) == pytest.approx([gate / 255 for gate in gates], abs=1e-4)
     assert [curve.count(",") for curve in re.findall('points="(.*?)"', elements)] == [2, 3] * 3  # training, validation
-    assert f"round 2{NAME}{math.exp(metrics[-3]['valid_loss']):.2f}" in drawn(tmp_path / "going.html")[1]
+    gates = np.frombuffer(base64.b64decode(ended["own"][0]["gates"]), np.uint8).reshape(-1, 5) / 255
+    shares = re.findall("<b [^>]*--at: ([^;]*)", elements)[:len(gates)]
+    assert list(map(float, shares)) == pytest.approx(gates[:, 0], abs=1e-4)  # the generalist's, of the only layer
+    first, second, third, *others = sorted(gates[0], reverse=True)
+    assert re.search(rf"‖{NAME}, layer 1: \w+ \d: {first:.0%}, \w+ \d: {second:.0%}, \w+ \d: {third:.0%}; "
+                     rf"2 more: {sum(others):.0%}\b", text)
+    before, now = (math.exp(metrics[i]["valid_loss"]) for i in (0, -3))
+    assert f"{NAME}14{before:.1f} → {now:.2f}" in drawn(tmp_path / "going.html")[1]
 
 
 def test_curves_are_drawn_by_matplotlib_and_tensorboard_where_these_are_there(corpus, monkeypatch, capsys):
