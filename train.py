@@ -26,9 +26,9 @@ from data import Text
 from federated import User, federated_round
 from methods import METHODS
 from model import BACKBONE, GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig
-from support import folder, page, plots, processes
+from support import folder, page, processes
 from support.errors import Diverged
-from support.files import kept, read_lines, write_json
+from support.files import kept, write_json
 from support.folder import Folder, stopped_gently
 from support.guard import Guard
 from support.pretrained import Base
@@ -113,9 +113,6 @@ class Run:
     def __init__(self, settings: Settings):
         self.settings, self.began = settings, time.perf_counter()
         check_device(settings.device)
-        for name, package in (("plot", "matplotlib"), ("tensorboard", "tensorboard")):
-            if getattr(settings, name):
-                plots.need(package, name)
         self.base = starting_point(settings)
         self.texts = data.load(settings, self.base.encoding)
         self.server, self.users = build(settings, self.base, self.texts)
@@ -131,7 +128,6 @@ class Run:
                 self.server.refused = []  # the first process has everyone's
             self.done, self.before = state["round"], processes.own(state["test_start"])
             self.began -= state["seconds"]
-        self.board = plots.board(self.folder.path) if settings.tensorboard and self.first else None
 
     def play(self, bar: tqdm, stop: Callable[[], bool] = lambda: False) -> dict:
         """Play the rounds; returns what result.json holds. Moves the bar by `users` a round. If it is to stop, it ends
@@ -232,8 +228,6 @@ class Run:
             for (user, text), (loss, share) in zip(self.tested, valid, strict=True)])
         if self.first:
             self.folder.log(lines)
-        if self.board:
-            plots.show_on(self.board, lines)
         self.save(number)
         return valid
 
@@ -306,8 +300,6 @@ def train(settings: Settings) -> None:
         return
     path = run.folder.path
     print(table(result, path))
-    if settings.plot:
-        plots.plot(read_lines(path / "metrics.jsonl"), path / "curves")
     if processes.count() == 1:
         learned = [folder.Learned(user.name, user.model, user.gates) for user, _ in run.tested]
         page.of_run(path, path / "page.html", settings.title, run.texts, learned, run.base.encoding)

@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import platform
-import shutil
 import signal
 import sys
 import zipfile
@@ -41,8 +40,7 @@ except ImportError:  # on Windows nothing keeps two processes apart
 
 FORMAT = 4  # of config.json and checkpoints
 DECIDING = ("model", "bilevel", "federated", "methods", "data", "support/kernels")  # code whose digest is kept
-FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "previous.pt", "result.json", "page.html", "curves.png",
-         "curves.svg")
+FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "previous.pt", "result.json", "page.html")
 
 
 def config_of(settings: Settings, start: Base, texts: list[Text]) -> dict:
@@ -95,7 +93,6 @@ class Folder:
             if not settings.resume:
                 for path in old:
                     path.unlink()
-                shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
                 write_json(self.path / "config.json", config)
         except BlockingIOError:
             raise BadInput(f"`out` {self.path}: another process works in it; wait, or take another folder") from None

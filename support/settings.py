@@ -175,8 +175,6 @@ class Settings(Training):
     clip_update: float | None = setting(None, "the largest norm of an update; longer ones are cut", float, above=0)
     dp_noise: float = setting(0.0, "noise on the average, in multiples of largest norm / number of answers", float, 0)
     eval_every: int | None = usual("eval_every", "rounds between evaluations on validation text", int, 1)
-    plot: bool = setting(False, "also draw curves.png and curves.svg (needs matplotlib)", bool)
-    tensorboard: bool = setting(False, "also log figures for TensorBoard (needs tensorboard)", bool)
     out: str | None = setting(None, "folder of the run (default: a new one under out/)")
     resume: bool = setting(False, "continue the run in --out from its newest checkpoint, with its settings", bool)
 
@@ -239,7 +237,7 @@ GROUPS = {  # the headings of train.py --help
     "learning": "batch_size block_size lr warmup weight_decay router_lr router_every router_steps experts_see n_layer "
                 "n_head n_embd",
     "federation": "rounds local_steps average participation drop_rate clip_update dp_noise",
-    "run": "out resume overwrite eval_every seed device compile plot tensorboard",
+    "run": "out resume overwrite eval_every seed device compile",
 }
 
 

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 from html import unescape
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ import data
 import sample
 import train
 from model import GENERALIST, SPECIALIST
-from support import page, plots
+from support import page
 from support.folder import Learned
 from support.sampling import generate
 from tiny import tiny
@@ -198,21 +197,3 @@ def test_a_runs_page_is_made_from_its_folder_and_drawn_by_a_browser(corpus, tmp_
                      rf"2 more: {sum(others):.0%}\b", text)
     before, now = (math.exp(metrics[i]["valid_loss"]) for i in (0, -3))
     assert f"{NAME}14{before:.1f} → {now:.2f}" in drawn(tmp_path / "going.html")[1]
-
-
-def test_curves_are_drawn_by_matplotlib_and_tensorboard_where_these_are_there(corpus, monkeypatch, capsys):
-    metrics = [{"round": n, "user": user, "train_loss": 4.5 if n else None, "valid_loss": 5.0, "bytes_up": 1,
-                "bytes_down": 1, "generalist_share": [0.25, 1.0]} for n in (0, 1) for user in "ab"]
-    plots.show_on(board := Mock(), metrics)
-    figures = {(name, number): figure for (name, figure, number), _ in board.add_scalar.call_args_list}
-    assert (figures["train_loss/a", 1], figures["generalist_share/layer 2/b", 1]) == (4.5, 1.0)
-    assert len(figures) == 2 * (5 + 6)  # at first no training loss
-    with monkeypatch.context() as without:
-        without.setattr("importlib.util.find_spec", lambda name: None)
-        for flag in ("--plot", "--tensorboard"):
-            assert train.main([flag, "--data", corpus]) == 2
-            assert re.fullmatch(rf".* {flag}: needs (\w+), .*; pip install \1\n", capsys.readouterr().err)
-    pytest.importorskip("matplotlib", reason="draws; pip install matplotlib")
-    plots.plot(metrics, Path("curves"))
-    assert Path("curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in Path("curves.svg").read_text()

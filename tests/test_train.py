@@ -15,7 +15,7 @@ import data
 import train
 from methods import METHODS
 from model import BACKBONE, GPT, ROUTER, SPECIALIST, GPTConfig
-from support import folder, page, plots, pretrained, settings
+from support import folder, page, pretrained, settings
 from support.settings import Settings, as_flags, parsed, status_of
 from support.trigram import trigram_loss
 
@@ -69,7 +69,7 @@ def same(one: object, two: object) -> bool:
 
 def test_a_run_writes_what_it_promises(capsys):
     result = run()
-    assert {path.name for path in Path("run").iterdir()} == {*folder.FILES, "lock"} - {"curves.png", "curves.svg"}
+    assert {path.name for path in Path("run").iterdir()} == {*folder.FILES, "lock"}
     assert (result["method"], result["seed"], result["rounds"], result["refused"]) == ("comigs", 0, 3, 0)
     assert result["tokens_seen"] == 3 * (6 + 3) * 2 * 8  # users × (expert + router steps) × windows × tokens
     assert [(user["name"], user["specialists"]) for user in result["users"]] == [*zip(NAMES, (0, 1, 3), strict=True)]
@@ -257,7 +257,7 @@ WRONG = """
     --specialists 1,2; --specialists 1,,2; --specialists 1001; --n-head 3; --n-layer 1000000000; --method nonsense
     --data nowhere; --source x; --user-field who; --train-kb nan; --train-kb 1.5,2.5; --train-kb 1000; --lr inf
     --block-size 4000; --lr 0.0; --valid-kb 99; --lr fast; --weight-decay -0.1; --rounds 1e3; --participation 1.1
-    --drop-rate 1.0; --device nonsense; --device cuda:99; --out x/y; --resume; --tensorboard; --dp-noise 1.0
+    --drop-rate 1.0; --device nonsense; --device cuda:99; --out x/y; --resume; --dp-noise 1.0
     --expert lora; --dp-noise 1.0 --clip-update 1 --average tokens; --method pcl --specialists 1 --clip-update 1
     --method hetlora; --method pcl; --method fdlora; --init-from nowhere; --n-embd 16 --init-from base.pt
     --init-from base.pt --n-head 4; --init-from base.pt --block-size 17; --init-from base.pt --tokenizer gpt2
@@ -266,8 +266,7 @@ WRONG = """
 
 
 @pytest.mark.parametrize("wrong", [case.strip() for case in WRONG.strip().replace("\n", ";").split(";")])
-def test_bad_input_is_one_line_with_flag_value_and_remedy_and_status_2(wrong, monkeypatch, capsys):
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)  # as without TensorBoard
+def test_bad_input_is_one_line_with_flag_value_and_remedy_and_status_2(wrong, capsys):
     Path("x").write_text("a file")
     before, start = sorted(Path().rglob("*")), SCHEDULE if "--init-from" in wrong else " ".join(TINY)
     line = refusal(capsys, f"{start} --data text --out run {wrong}".split())
@@ -279,7 +278,7 @@ def test_bad_input_is_one_line_with_flag_value_and_remedy_and_status_2(wrong, mo
 def test_settings_say_nothing_about_this_machine_and_stand_in_messages_as_flags(monkeypatch):
     """A run can be read where its device isn't."""
     monkeypatch.setenv("WORLD_SIZE", "99")
-    assert Settings(device="cuda:99", plot=True, init_from="elsewhere.pt").device == "cuda:99"
+    assert Settings(device="cuda:99", init_from="elsewhere.pt").device == "cuda:99"
     assert as_flags("`train_kb` 0: not with `user_field`; it's_so") == "--train-kb 0: not with --user-field; it's_so"
 
 
