@@ -99,9 +99,9 @@ def compare(rows: Rows, comparison: Comparison) -> None:
     if comparison.rates and any(row.experts_see == "both" for row in rows.values()):
         raise BadInput("`rates`: can't be judged by validation text that experts learn from; leave `experts_see` out")
     folders, tried = play(rows, comparison)
-    summaries, every = {}, [run for runs in folders.values() for run in runs]
-    if others := sum(json_of(run / "config.json").get("code") != code() for run in every):
-        print(f"{others} of these {len(every)} runs are the work of other code; --anew makes them again",
+    summaries, made_by = {}, [json_of(run / "config.json").get("code") for runs in folders.values() for run in runs]
+    if others := len(made_by) - made_by.count(code()):
+        print(f"{others} of these {len(made_by)} runs are the work of other code; --anew makes them again",
               file=sys.stderr)
     for label, runs in folders.items():
         few = f" ({len(runs)} of {comparison.seeds} seeds)" if len(runs) < comparison.seeds else ""

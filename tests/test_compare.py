@@ -163,7 +163,7 @@ def test_in_an_experiment_only_what_it_asks_about_differs(name):
 
 
 def test_an_experiment_is_one_command(corpus, monkeypatch, capsys):
-    base = experiments.Base(SHORT, "1e-2", 6e-3, {})
+    base = experiments.Base(SHORT, 6e-3, {})
     monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", ("a title", {
         "comigs": base.run("comigs"), "local 2 S": base.run("local", "--specialists 2")}))
     assert experiments.main("tiny --out tiny --seeds 1".split()) == 0

@@ -1,6 +1,5 @@
 """What routers learned about words: which token is what, and the shares."""
 
-
 import numpy as np
 
 import data
