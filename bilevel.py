@@ -41,12 +41,16 @@ def constant(step: int) -> float:
 
 
 class Level:
-    """One level: the parameters it moves, the batches it learns from, its AdamW and its learning-rate schedule."""
+    """One level: the parameters it moves, the batches it learns from, its AdamW and its learning-rate schedule.
+
+    hyper: the method's hyper-parameters, by name. memory: what a method remembers here, tensors and numbers by name.
+    """
 
     def __init__(self, parameters: dict[str, nn.Parameter], batches: Iterator[Batch], lr: float,
-                 weight_decay: float = 0.0, schedule: Callable[[int], float] = constant):
+                 weight_decay: float = 0.0, schedule: Callable[[int], float] = constant,
+                 hyper: dict[str, float] | None = None):
         self.parameters = list(parameters.values())
-        self.batches = batches
+        self.batches, self.hyper, self.memory = batches, hyper or {}, {}
         self.optimizer = torch.optim.AdamW(self.parameters, lr, (0.9, 0.95), weight_decay=weight_decay, fused=True)
         self.schedule = LambdaLR(self.optimizer, schedule)
 
@@ -75,12 +79,13 @@ class Level:
     def state(self) -> dict:
         """Everything that the next steps depend on, besides the parameters."""
         return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
-                "batches": self.batches.state()}
+                "batches": self.batches.state(), "memory": self.memory}
 
     def load(self, state: dict) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.batches.load(state["batches"])
+        self.memory = state["memory"]
 
 
 @dataclass(frozen=True)

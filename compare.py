@@ -19,7 +19,7 @@ from support import plots
 from support.errors import BadInput, Diverged
 from support.files import read_json, write_json, write_text
 from support.folder import code, json_of
-from support.settings import Settings, as_flags, check, given_in, parsed, setting, status_of
+from support.settings import HYPER, Settings, as_flags, check, given_in, parsed, setting, status_of
 from support.tables import curves, summarize, table
 from train import Run
 
@@ -33,6 +33,8 @@ class Comparison:
         None, "learning rates to choose from, for each row by itself, on validation text, with the first seed",
         float, above=0, many=True)
     out: str = setting("out/compare", "folder of the runs, of table.md and of table.json")
+    sweep: str | None = setting(None, "a hyper-parameter, and values that rows which have it choose from in the same "
+                                      "way, as lambda=0.01,0.1")
     plot: bool = setting(False, "also draw table.png and table.svg (needs matplotlib)", bool)
     anew: bool = setting(False, "play a run again that is there, but was made by other code", bool)
 
@@ -45,7 +47,7 @@ class OfMethods(Comparison):
     """Several methods side by side. All other flags are train.py's. Raises BadInput."""
 
     methods: tuple[str, ...] = setting(("comigs", "local", "fedavg", "centralized"), "the rows of the table",
-                                       many=True, choices=tuple(METHODS))
+                                       many=True, choices=METHODS)
 
 
 Rows = dict[str, Settings]  # by label
@@ -66,26 +68,37 @@ def finished(settings: Settings, anew: bool, bar: tqdm) -> Path:
     return folder
 
 
-def play(rows: Rows, comparison: Comparison) -> tuple[dict[str, list[Path]], dict[str, dict[float, float]]]:
-    """Run all rows, each at its best rate. Returns the folders of each row's seeds, and the mean validation perplexity
-    of its first seed at each rate. A run that diverges is named and left out."""
-    def played(label: str, rate: float, seed: int, bar: tqdm) -> Path | None:
-        seed += rows[label].seed
-        out = f"{comparison.out}/{label.replace(' ', '-')}-lr{rate}-seed{seed}"
+def choices(row: Settings, comparison: Comparison) -> dict[str, Settings]:
+    """What a row may choose from, by name: "0.002", or "0.002 mu=0.1"."""
+    rates = [replace(row, lr=rate) for rate in comparison.rates or (row.lr,)]
+    name, _, values = (comparison.sweep or "").partition("=")
+    if name not in row.hyper:
+        return {str(each.lr): each for each in rates}
+    return {f"{each.lr} {name}={value}": replace(each, set=",".join(filter(None, [each.set, f"{name}={value}"])))
+            for each in rates for value in values.split(",")}
+
+
+def play(rows: Rows, comparison: Comparison) -> tuple[dict[str, list[Path]], dict[str, dict[str, float]]]:
+    """Run all rows, each with its best choice. Returns the folders of each row's seeds, and the mean validation
+    perplexity of its first seed with each choice. A run that diverges is named and left out."""
+    def played(label: str, choice: str, seed: int, bar: tqdm) -> Path | None:
+        row = offered[label][choice]
+        seed += row.seed
+        out = f"{comparison.out}/{f'{label} lr{choice} seed{seed}'.replace(' ', '-')}"
         try:
-            return finished(replace(rows[label], lr=rate, seed=seed, out=out), comparison.anew, bar)
+            return finished(replace(row, seed=seed, out=out), comparison.anew, bar)
         except Diverged as error:
             bar.write(f"{label}, seed {seed}: {as_flags(str(error))}", file=sys.stderr)
             return None
 
-    rates = {label: comparison.rates or (first.lr,) for label, first in rows.items()}
-    total = sum((len(rates[label]) + comparison.seeds) * row.rounds * row.users for label, row in rows.items())
+    offered = {label: choices(row, comparison) for label, row in rows.items()}
+    total = sum((len(offered[label]) + comparison.seeds) * row.rounds * row.users for label, row in rows.items())
     folders, tried = {}, {}
     with tqdm(total=total, unit="user", dynamic_ncols=True) as bar:
         for label in rows:
-            firsts = {rate: played(label, rate, 0, bar) for rate in rates[label]}
-            tried[label] = {rate: read_json(folder / "result.json")["mean_valid_ppl"] if folder else math.inf
-                            for rate, folder in firsts.items()}
+            firsts = {choice: played(label, choice, 0, bar) for choice in offered[label]}
+            tried[label] = {choice: read_json(folder / "result.json")["mean_valid_ppl"] if folder else math.inf
+                            for choice, folder in firsts.items()}
             best = min(tried[label], key=tried[label].get)
             runs = [played(label, best, seed, bar) for seed in range(comparison.seeds)] if firsts[best] else []
             folders[label] = [folder for folder in runs if folder]
@@ -96,8 +109,11 @@ def compare(rows: Rows, comparison: Comparison) -> None:
     """Run all rows, write table.md, table.json and the drawing and print the table. Raises BadInput."""
     if comparison.plot:
         plots.need("matplotlib", "plot")
-    if comparison.rates and any(row.experts_see == "both" for row in rows.values()):
-        raise BadInput("`rates`: can't be judged by validation text that experts learn from; leave `experts_see` out")
+    if (comparison.rates or comparison.sweep) and any(row.experts_see == "both" for row in rows.values()):
+        raise BadInput("`rates`, `sweep`: can't be judged by validation text that experts learn from; leave "
+                       "`experts_see` out")
+    if comparison.sweep and not any(comparison.sweep.partition("=")[0] in row.hyper for row in rows.values()):
+        raise BadInput(f"`sweep` {comparison.sweep}: no row has such a hyper-parameter; there are {HYPER}")
     folders, tried = play(rows, comparison)
     summaries, made_by = {}, [json_of(run / "config.json").get("code") for runs in folders.values() for run in runs]
     if others := len(made_by) - made_by.count(code()):

@@ -28,13 +28,14 @@ class User:
 
     weight: in the server's average. judge: gives some of the user's validation text, for methods that need a
     device's opinion of a model. gates (L, E): what the model is used with instead of its routers' gates, if a method
-    says so.
+    says so. hyper: the method's hyper-parameters, by name. memory: what a method remembers on the device, tensors and
+    numbers by name.
     """
 
     def __init__(self, name: str, model: GPT, lower: Level, upper: Level | None, weight: float = 1.0,
-                 judge: Callable[[], Iterator[Batch]] | None = None):
+                 judge: Callable[[], Iterator[Batch]] | None = None, hyper: dict[str, float] | None = None):
         self.name, self.model, self.lower, self.upper = name, model, lower, upper
-        self.weight, self.judge, self.gates = weight, judge, None
+        self.weight, self.judge, self.gates, self.hyper, self.memory = weight, judge, None, hyper or {}, {}
         self.bytes_up = self.bytes_down = 0
 
     @property
@@ -85,10 +86,16 @@ def average(answers: list[Message], weights: list[float]) -> Message:
 
 
 class Server:
-    """Holds θ^G. (In a run, support/guard.py stands at its door and refuses answers that can't be averaged.)"""
+    """Holds θ^G. (In a run, support/guard.py stands at its door and refuses answers that can't be averaged.)
 
-    def __init__(self, generalists: Message):
+    hyper, memory: as a user's. bounded: whether an answer is a change of what was given, whose norm can be bounded.
+    """
+
+    bounded = True
+
+    def __init__(self, generalists: Message, hyper: dict[str, float] | None = None):
         self.generalists = {name: tensor.detach().clone() for name, tensor in generalists.items()}
+        self.hyper, self.memory = hyper or {}, {}
 
     def give(self, shapes: dict[str, torch.Size]) -> Message:
         """What goes to a user who has generalists of these names and shapes."""

@@ -37,13 +37,11 @@ def balance(routing: Routing) -> Tensor:
 
 
 class Balanced(Level):
-    """pFedMoE as the paper adapts it: the layers' load-balancing losses are added, with this weight."""
-
-    WEIGHT = 0.01
+    """pFedMoE as the paper adapts it: the layers' load-balancing losses are added, weighted."""
 
     def losses(self, model: GPT, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         hidden, routings = model.trunk(idx)
-        return model.loss(hidden, targets), self.WEIGHT * sum(map(balance, routings))
+        return model.loss(hidden, targets), self.hyper["balance"] * sum(map(balance, routings))
 
 
 def by_kind(config: GPTConfig, weight: float) -> Tensor:
@@ -82,8 +80,10 @@ class Fusing(User):
 class Collecting(Server):
     """Keeps all users' answers, stacked, and sends every user all of them. `--average` has no say here."""
 
-    def __init__(self, generalists: Message):
-        super().__init__(self.merge([generalists], [1]))
+    bounded = False
+
+    def __init__(self, generalists: Message, hyper: dict[str, float] | None = None):
+        super().__init__(self.merge([generalists], [1]), hyper)
 
     def merge(self, answers: list[Message], weights: list[float]) -> Message:
         return {name: torch.stack([answer[name].detach() for answer in answers]) for name in answers[0]}
@@ -150,6 +150,8 @@ class HetLoRA(Server):
     """Averages padded factors and sends each user the ranks it has a place for. The users' scales α/√r don't count, as
     in its paper."""
 
+    bounded = False
+
     def merge(self, answers: list[Message], weights: list[float]) -> Message:
         """Ranks that nobody who answered has stay as they are."""
         merged = {}
@@ -175,38 +177,36 @@ class FlexLoRA(HetLoRA):
                 for name, tensor in super().give(shapes).items()}
 
 
-def kept(rank: int) -> int:
+def kept(rank: int, gamma: float) -> int:
     """γr: the ranks that self-pruning would keep."""
-    return max(1, int(0.99 * rank))
+    return max(1, int(gamma * rank))
 
 
 def changes(model: GPT) -> list[LowRank]:
     return [module for module in model.modules() if isinstance(module, LowRank)]
 
 
-def tail(model: GPT) -> Tensor:
+def tail(model: GPT, gamma: float) -> Tensor:
     """Σ ‖B[:, γr:]‖ ‖A[γr:, :]‖ over the model's low-rank changes: the size of what self-pruning would take away."""
-    ranks = [(change, kept(len(change.A))) for change in changes(model)]
+    ranks = [(change, kept(len(change.A), gamma)) for change in changes(model)]
     return sum(change.B[:, rank:].norm() * change.A[rank:].norm() for change, rank in ranks)
 
 
 class Shrinking(Level):
     """HetLoRA's loss: λ times the tail is added to it (Cho et al. 2024, section 3)."""
 
-    WEIGHT = 0.01  # λ, as in the code of CoMiGS's authors; γ = 0.99 too
-
     def losses(self, model: GPT, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         loss, _ = super().losses(model, idx, targets)
-        return loss, self.WEIGHT * tail(model)
+        return loss, self.hyper["lambda"] * tail(model, self.hyper["gamma"])
 
 
 class SelfPruning(User):
     """HetLoRA's device: where the tail is smaller after a round's work than before it, it is cut off for good."""
 
     def learn(self, rhythm: Rhythm) -> float:
-        before = tail(self.model).item()
+        before = tail(self.model, self.hyper["gamma"]).item()
         loss = super().learn(rhythm)
-        if tail(self.model).item() < before:
+        if tail(self.model, self.hyper["gamma"]).item() < before:
             self.prune()
         return loss
 
@@ -214,7 +214,7 @@ class SelfPruning(User):
     def prune(self) -> None:
         """Every A and B, and its moments in the optimizer, lose the ranks above γr."""
         for change in changes(self.model):
-            rank = kept(len(change.A))
+            rank = kept(len(change.A), self.hyper["gamma"])
             for parameter, axis in ((change.A, 0), (change.B, 1)):
                 parameter.data = parameter.narrow(axis, 0, rank).clone()
                 moments = self.lower.optimizer.state[parameter]
@@ -236,6 +236,7 @@ class Method:
     sizes: str = "specialists"  # in what users may differ: "specialists", "ranks" too, or "nothing"
     level: type[Level] = Level  # the lower one
     router_level: type[Level] = Level
+    hyper: dict[str, float] = field(default_factory=dict)  # hyper-parameters, which `--set` can change
     user: type[User] = User
     server: type[Server] = Server
 
@@ -248,7 +249,8 @@ class Method:
             (self.needs == "both" and not both, "needs both kinds of experts; give each user at least 1 of each"),
             (self.sizes == "nothing" and sizes > 1, "needs users of one size; give one number of `specialists`"),
             (self.sizes != "ranks" and lora and ranks > 1, "averages the users' changes; give one `lora_rank` for all"),
-            (settings.clip_update and self.server is not Server, "doesn't average updates; leave `clip_update` out"),
+            (settings.clip_update and not self.server.bounded, "has no updates to clip; leave `clip_update` out"),
+            (settings.dp_noise and self.server is not Server, "doesn't average; leave `dp_noise` out"),
             (settings.dp_noise and self.roles.get(SPECIALIST) == GENERALIST and sizes > 1,
              "averages experts that not all users have; with `dp_noise` give one number of `specialists` for all"),
         ):
@@ -278,9 +280,11 @@ METHODS = {
                           pooled=True, sizes="ranks"),
     "pcl": Method("everyone's models are mixed by their perplexity on one's own validation text", SHARED,
                   sizes="nothing", user=Trusting, server=Collecting),
-    "pfedmoe": Method("as comigs-joint, with a load-balancing loss", JOINT, routed=True, level=Balanced),
+    "pfedmoe": Method("as comigs-joint, with a load-balancing loss", JOINT, routed=True, level=Balanced,
+                      hyper={"balance": 0.01}),
     "hetlora": Method("zero-padded averaging by the norm of BA, ranks prune themselves", SHARED, needs="lora",
-                      sizes="ranks", level=Shrinking, user=SelfPruning, server=HetLoRA),
+                      sizes="ranks", level=Shrinking, user=SelfPruning, server=HetLoRA,
+                      hyper={"lambda": 0.01, "gamma": 0.99}),  # as in the code of CoMiGS's authors
     "flexlora": Method("products BA are averaged, and cut to each rank by SVD", SHARED, needs="lora", sizes="ranks",
                        server=FlexLoRA),
     "ffa-lora": Method("A stays as it was at the start, B is averaged", {**SHARED, "A": BACKBONE}, needs="lora"),

@@ -77,12 +77,12 @@ def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> 
     steps = max(1, round(settings.rounds * count / total)) * settings.local_steps  # as many as it may expect
     seen = ("train", "valid") if settings.experts_see == "both" else ("train",)
     lower = method.level(model.having(GENERALIST, SPECIALIST), batches(seen, "train"), settings.lr,
-                         settings.weight_decay, cosine(steps, min(settings.warmup, steps // 5)))
+                         settings.weight_decay, cosine(steps, min(settings.warmup, steps // 5)), settings.hyper)
     router = model.having(ROUTER)
     routing = batches((method.router_text,), "valid")
-    upper = method.router_level(router, routing, settings.rate_of_routers) if router else None
+    upper = method.router_level(router, routing, settings.rate_of_routers, hyper=settings.hyper) if router else None
     weight = sum(len(text.train) for text in texts) if settings.average == "tokens" else 1
-    return method.user(name, model, lower, upper, weight, judge)
+    return method.user(name, model, lower, upper, weight, judge, settings.hyper)
 
 
 def build(settings: Settings, start: Base, texts: list[Text]) -> tuple[Guard, list[User]]:
@@ -91,7 +91,7 @@ def build(settings: Settings, start: Base, texts: list[Text]) -> tuple[Guard, li
     largest = max(settings.specialists), max(settings.lora_rank)
     common = build_model(settings, start, *largest, "server")
     kind = method.server if processes.count() == 1 else processes.Together
-    server = Guard(kind(common.having(GENERALIST)), settings.clip_update, settings.dp_noise,
+    server = Guard(kind(common.having(GENERALIST), settings.hyper), settings.clip_update, settings.dp_noise,
                    data.seeded(settings.seed, "noise"))
     if method.pooled:
         return server, [build_user(settings, "everyone", build_model(settings, start, *largest, "everyone"), texts)]

@@ -38,7 +38,7 @@ try:
 except ImportError:  # on Windows nothing keeps two processes apart
     fcntl = None
 
-FORMAT = 4  # of config.json and checkpoints
+FORMAT = 5  # of config.json and checkpoints
 DECIDING = ("model", "bilevel", "federated", "methods", "data", "support/kernels")  # code whose digest is kept
 FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "previous.pt", "result.json", "page.html")
 
@@ -202,11 +202,14 @@ class Learned(NamedTuple):
     gates: torch.Tensor | None
 
 
+KEPT = ("gates", "memory", "bytes_up", "bytes_down")  # of a user, besides its model and levels
+
+
 def states(users: list[User]) -> list[dict]:
     """Everything that users' next steps depend on: their models, without what a base brings, and their levels."""
     return [{
-        "name": user.name, "config": asdict(user.model.config), "gates": user.gates, "bytes_up": user.bytes_up,
-        "bytes_down": user.bytes_down, "parameters": {name: p.data for name, p in user.model.own().items()},
+        "name": user.name, "config": asdict(user.model.config), **{name: getattr(user, name) for name in KEPT},
+        "parameters": {name: p.data for name, p in user.model.own().items()},
         "gradients": {name: p.grad for name, p in user.model.own().items() if p.grad is not None},
         "lower": user.lower.state(), "upper": user.upper and user.upper.state()} for user in users]
 
@@ -221,7 +224,8 @@ def restore(server_state: dict, user_states: list[dict], server: Guard, users: l
     """Give server and users the state of a checkpoint."""
     server.load(server_state)
     for user, saved in zip(users, user_states, strict=True):
-        user.gates, user.bytes_up, user.bytes_down = (saved[name] for name in ("gates", "bytes_up", "bytes_down"))
+        for name in KEPT:
+            setattr(user, name, saved[name])
         restore_model(saved, user.model)
         for name, parameter in user.model.own().items():
             parameter.grad = saved["gradients"].get(name)  # what a leak has piled up

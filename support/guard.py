@@ -72,10 +72,11 @@ class Guard:
 
     def state(self) -> dict:
         """Everything that the next rounds depend on, and who was refused."""
-        return {"generalists": self.generalists, "refused": self.refused,
+        return {"generalists": self.generalists, "memory": self.server.memory, "refused": self.refused,
                 "generator": self.generator and self.generator.get_state()}
 
     def load(self, state: dict) -> None:
-        self.server.generalists, self.refused = state["generalists"], state["refused"]
+        self.server.generalists, self.server.memory = state["generalists"], state["memory"]
+        self.refused = state["refused"]
         if self.generator:
             self.generator.set_state(state["generator"].cpu())

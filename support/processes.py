@@ -15,8 +15,7 @@ import torch.distributed as dist
 
 from federated import Message, Server, User
 from methods import METHODS
-from support.errors import BadInput
-from support.settings import Settings
+from support.settings import Settings, refuse
 
 PATIENCE = timedelta(days=1)  # with a process that is slower; one that has died is noticed at once
 
@@ -24,9 +23,14 @@ PATIENCE = timedelta(days=1)  # with a process that is slower; one that has died
 def join(settings: Settings) -> None:
     """Meet the other processes, if there are any, each on a GPU of its own where there are some. Raises BadInput."""
     together, method = int(os.environ.get("WORLD_SIZE", 1)), METHODS[settings.method]
-    if together > settings.users or (together > 1 and (method.pooled or method.server is not Server)):
-        raise BadInput(f"`method` {settings.method} `users` {settings.users}: can't be shared among {together} "
-                       "processes; take one, or another method and more users")
+    for wrong, name, why in (
+        (together > settings.users, "users", f"too few for {together} processes"),
+        (together > 1 and method.pooled, "method", "one model, which processes can't share"),
+        (together > 1 and method.server is not Server, "method", "processes exchange sums, and its server needs each "
+                                                                 "answer by itself"),
+    ):
+        if wrong:
+            refuse(name, getattr(settings, name), why, "take fewer processes")
     if "RANK" in os.environ and not dist.is_initialized():
         if settings.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -33,7 +33,7 @@ class Flag:
     high: float | None = None  # the largest
     above: float | None = None  # a bound that is itself too small
     below: float | None = None  # a bound that is itself too large
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
     many: bool = False  # several values, such as one for each user
 
     def parse(self, text: str):
@@ -121,6 +121,10 @@ class Training:
         check(self)
 
 
+HYPER = "; ".join(f"{','.join(f'{name}={value}' for name, value in method.hyper.items())} of {label}"
+                  for label, method in METHODS.items() if method.hyper)
+
+
 @dataclass
 class Settings(Training):
     """Run one method, from its settings to its table. A single value is repeated for every user.
@@ -134,7 +138,8 @@ class Settings(Training):
     generalists: int = setting(1, "generalist experts in a layer", int, 0, high=1000)
     top_k: int = setting(
         2, "experts for a token; a user with fewer uses all it has; with 1 the router can't learn", int, 1)
-    method: str = setting("comigs", f"a row of methods.py: {', '.join(METHODS)}", choices=tuple(METHODS))
+    method: str = setting("comigs", f"a row of methods.py: {', '.join(METHODS)}", choices=METHODS)
+    set: str | None = setting(None, f"a method's hyper-parameters, where they are to differ from its row's: {HYPER}")
     expert: str = setting("mlp", "mlp: feed-forward blocks; lora: low-rank changes of the base's, which is frozen",
                           choices=tuple(EXPERTS))
     lora_rank: tuple[int, ...] = setting(
@@ -205,11 +210,20 @@ class Settings(Training):
         ):
             if wrong:
                 refuse(name, getattr(self, name), why, remedy)
-        METHODS[self.method].check(self)
+        row = METHODS[self.method]
+        if unknown := self.hyper.keys() - row.hyper.keys():
+            refuse("set", self.set, f"`method` {self.method} has no {', '.join(sorted(unknown))}",
+                   f"it has {', '.join(row.hyper)}" if row.hyper else "leave it out")
+        row.check(self)
 
     @property
     def by_others(self) -> bool:
         return pretrained.by_others(self.init_from)
+
+    @property
+    def hyper(self) -> dict[str, float]:
+        """The method's hyper-parameters: its row's values, or those that are set."""
+        return METHODS[self.method].hyper | values_of(self.set)
 
     @property
     def rate_of_routers(self) -> float:
@@ -224,6 +238,15 @@ class Settings(Training):
                 f"{self.expert}, {router}. {self.rounds} rounds of {self.local_steps} steps, seed {self.seed}.")
 
 
+def values_of(text: str | None) -> dict[str, float]:
+    """values_of("lambda=0.1,gamma=0.9") -> {"lambda": 0.1, "gamma": 0.9}. Raises BadInput."""
+    try:
+        pairs = [part.split("=") for part in text.split(",")] if text else []
+        return {name: float(number) for name, number in pairs}
+    except ValueError:
+        refuse("set", text, "not names and numbers", "write it as lambda=0.1,gamma=0.9")
+
+
 def plain(settings) -> dict:
     """Settings as JSON has them."""
     return json.loads(json.dumps(asdict(settings)))
@@ -232,7 +255,7 @@ def plain(settings) -> dict:
 # --- the command line ------------------------------------------------------------------------------------------------
 
 GROUPS = {  # the headings of train.py --help
-    "users and experts": "users specialists generalists top_k method expert lora_rank init_from dtype",
+    "users and experts": "users specialists generalists top_k method set expert lora_rank init_from dtype",
     "text": "data user_field text_field source cache short_users target train_kb valid_kb tokenizer",
     "learning": "batch_size block_size lr warmup weight_decay router_lr router_every router_steps experts_see n_layer "
                 "n_head n_embd",

@@ -12,7 +12,7 @@ def read(folder: Path) -> dict:
     return read_json(folder / "result.json")
 
 
-def summarize(folders: list[Path], tried: dict[float, float], rivals: list[Path] | None) -> dict:
+def summarize(folders: list[Path], tried: dict[str, float], rivals: list[Path] | None) -> dict:
     """A row: test perplexities over seeds, by user and over users, and costs per user. `rivals`: runs of `local`."""
     runs = [read(folder) for folder in folders]
     first, users = runs[0], len(runs[0]["users"])
@@ -30,8 +30,8 @@ def summarize(folders: list[Path], tried: dict[float, float], rivals: list[Path]
     pairs = [(our["test_ppl"], their["test_ppl"]) for run in runs if run["seed"] in theirs
              for our, their in zip(run["users"], theirs[run["seed"]], strict=True)]
     return {
-        "rate": min(tried, key=tried.get),
-        "valid_ppl_by_rate": {rate: ppl if math.isfinite(ppl) else None for rate, ppl in tried.items()},
+        "choice": min(tried, key=tried.get),
+        "valid_ppl_by_choice": {choice: ppl if math.isfinite(ppl) else None for choice, ppl in tried.items()},
         "users": {user["name"]: [run["users"][i]["test_ppl"] for run in runs] for i, user in enumerate(first["users"])},
         "mean": [run["mean_test_ppl"] for run in runs],
         "worst": [max(user["test_ppl"] for user in run["users"]) for run in runs],
@@ -61,7 +61,7 @@ def table(summaries: dict[str, dict]) -> str:
     rows = [["", "rate", *any_row["users"], "mean", "worst user", "hurt", "trained", "sent", "kB up", "kB down",
              "seconds"]]
     for label, row in summaries.items():
-        rows.append([label, f"{row['rate']:g}", *(mean_and_deviation(values) for values in row["users"].values()),
+        rows.append([label, row["choice"], *(mean_and_deviation(values) for values in row["users"].values()),
                      mean_and_deviation(row["mean"]), mean_and_deviation(row["worst"]),
                      "–" if row["hurt"] is None else f"{row['hurt']:.0%}", f"{row['trained']:,.0f}",
                      f"{row['sent']:,.0f}", f"{row['bytes_up'] / 1000:,.0f}", f"{row['bytes_down'] / 1000:,.0f}",

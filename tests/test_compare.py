@@ -79,9 +79,9 @@ def test_each_method_gets_the_rate_that_is_best_on_validation_text_of_the_first_
     assert compared("--rates 1e-4,1e-2,1e30") == 0
     for method, row in json.loads(Path("out/table.json").read_text()).items():
         tried = {str(rate): result(method, rate, 0)["mean_valid_ppl"] for rate in (0.0001, 0.01)}
-        assert row["valid_ppl_by_rate"] == tried | {"1e+30": None}
-        assert str(row["rate"]) == min(tried, key=tried.get)
-        assert [path.name for path in Path("out").glob(f"{method}-*-seed1")] == [f"{method}-lr{row['rate']}-seed1"]
+        assert row["valid_ppl_by_choice"] == tried | {"1e+30": None}
+        assert row["choice"] == min(tried, key=tried.get)
+        assert [path.name for path in Path("out").glob(f"{method}-*-seed1")] == [f"{method}-lr{row['choice']}-seed1"]
     assert compared("--rates 1e30") == 2
 
 
@@ -113,8 +113,8 @@ def fake_run(folder, seed: int, *ppls) -> object:
 def test_a_row_worked_by_hand(tmp_path):
     ours = [fake_run(tmp_path / "a", 0, 2.0, 6.0), fake_run(tmp_path / "b", 1, 4.0, 8.0)]
     local = [fake_run(tmp_path / "d", 1, 5.0, 9.0), fake_run(tmp_path / "c", 0, 3.0, 5.0)]
-    row = summarize(ours, {0.1: 7.0, 0.2: 6.0}, local)
-    assert row | {"rate": 0.2, "users": {"u0": [2, 4], "u1": [6, 8]}, "mean": [4, 6], "worst": [6, 8],
+    row = summarize(ours, {"0.1": 7.0, "0.2": 6.0}, local)
+    assert row | {"choice": "0.2", "users": {"u0": [2, 4], "u1": [6, 8]}, "mean": [4, 6], "worst": [6, 8],
                   "hurt": 0.25,  # one of four: 6 against 5
                   "trained": 21, "sent": 15, "bytes_up": 20, "bytes_down": 40,  # means over users; and rounds
                   "valid_loss_by_round": {0: 4.0, 10: 1.5}} == row

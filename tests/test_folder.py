@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import train
+from bilevel import Level
 from federated import Server, User
+from methods import METHODS, Method
 from support import folder
 from test_train import _text_and_base, command, refusal, same, state  # noqa: F401, the first is a fixture
 
@@ -83,6 +85,35 @@ def test_noise_and_refused_answers_are_continued_too(monkeypatch, capsys):
     assert whole(flags)[1]["refused"] == 5
     assert "round 3: the answer of user bert was refused: " in capsys.readouterr().err
     cut(command(flags, "cut"), User, "learn", 11)
+    assert same(resumed(), whole(flags))
+
+
+def test_what_a_method_remembers_in_levels_users_and_the_server_is_continued(monkeypatch):
+    class Growing(Level):
+        def losses(self, model, idx, targets):
+            self.memory["steps"] = self.memory.get("steps", 0) + 1
+            loss, _ = super().losses(model, idx, targets)
+            return loss, self.hyper["growth"] * self.memory["steps"] * loss
+
+    class Counting(User):
+        def learn(self, rhythm):
+            self.memory["rounds"] = self.memory.get("rounds", 0) + 1
+            self.weight = self.memory["rounds"] ** (self.name == "anna")
+            return super().learn(rhythm)
+
+    class Momentum(Server):
+        def merge(self, answers, weights):
+            means = super().merge(answers, weights)
+            last = self.memory.get("mean", self.generalists)
+            self.memory["mean"] = means
+            return {name: mean + 0.5 * (mean - last[name]) for name, mean in means.items()}
+
+    monkeypatch.setitem(METHODS, "mine", Method("", routed=True, hyper={"growth": 0.1}, level=Growing, user=Counting,
+                                                server=Momentum))
+    flags = f"{RUN} --method mine --set growth=0.2"
+    cut(command(flags, "cut"), User, "learn", 11)
+    user = state("cut")["users"][0]
+    assert (user["memory"], user["lower"]["memory"]) == ({"rounds": 2}, {"steps": 4})
     assert same(resumed(), whole(flags))
 
 

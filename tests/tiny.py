@@ -56,10 +56,11 @@ def tiny_user(method: str = "comigs", seed: int = 0, schedule=constant, **config
     """A user of a method, with a model and text of its own; its experts follow the schedule."""
     row = METHODS[method]
     model = tiny(seed, 0.3, **{"routed": row.routed, "roles": row.roles} | config)
-    lower = row.level(model.having(GENERALIST, SPECIALIST), Batches(seed), 1e-2, 0.1, schedule)
+    lower = row.level(model.having(GENERALIST, SPECIALIST), Batches(seed), 1e-2, 0.1, schedule, row.hyper)
     router = model.having(ROUTER)
-    upper = row.router_level(router, Batches(seed + 100), 1e-2, 0.0, constant) if router else None
-    return row.user(f"user{seed}", model, lower, upper, judge=lambda: iter([next(Batches(seed + 200))]))
+    upper = row.router_level(router, Batches(seed + 100), 1e-2, 0.0, constant, row.hyper) if router else None
+    return row.user(f"user{seed}", model, lower, upper, judge=lambda: iter([next(Batches(seed + 200))]),
+                    hyper=row.hyper)
 
 
 class Watched(TorchDispatchMode):
