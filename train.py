@@ -37,7 +37,7 @@ from support.start import starting_point
 from support.trigram import trigram_loss
 
 DIVERGED = 100.0  # nats; guessing at random costs less than 11, with GPT-2's vocabulary
-GLANCE = 32  # windows of a user's validation text that an evaluation on the way reads; the last one reads all of it
+GLANCE = 2048  # tokens of a user's validation text that a point of its curve is made of
 JUDGED = 8  # windows of it by which a device judges a model, where a method asks for that
 
 
@@ -132,7 +132,7 @@ class Run:
     def play(self, bar: tqdm, stop: Callable[[], bool] = lambda: False) -> dict:
         """Play the rounds; returns what result.json holds. Moves the bar by `users` a round. If it is to stop, it ends
         after a round, with a checkpoint, and raises KeyboardInterrupt."""
-        settings, valid = self.settings, None
+        settings = self.settings
         rhythm = Rhythm(settings.local_steps, settings.router_every, settings.router_steps)
         bar.update(self.done * settings.users)
         if self.before is None:
@@ -140,6 +140,7 @@ class Run:
             self.hand_out()
             self.before = [self.untrained(*each) for each in self.tested]
             self.log(0, {})
+            self.save(0)
         for number in range(self.done + 1, settings.rounds + 1):
             called, lost = self.called(number)
             refused = len(self.server.refused)
@@ -149,16 +150,17 @@ class Run:
             for name, reason in self.server.refused[refused:]:
                 bar.write(f"round {number}: the answer of user {name} was refused: {reason}", file=sys.stderr)
             bar.update(settings.users - len(called))  # who weren't called
-            last = number == settings.rounds
-            evaluated = last or number % settings.eval_every == 0
-            if evaluated:
+            last, stopping = number == settings.rounds, any(processes.gathered([stop()]))
+            look, save = (last or number % every == 0 for every in (settings.eval_every, settings.save_every))
+            if look or save:
                 self.hand_out(counted=last)
-                valid = self.log(number, losses, whole=last)
-            if any(processes.gathered([stop()])) and not last:
-                if not evaluated:
-                    self.save(number)
+            if look:
+                self.log(number, losses)
+            if save or stopping:
+                self.save(number)
+            if stopping and not last:
                 raise KeyboardInterrupt
-        result = self.summarize(valid or self.measure("valid"), self.measure("test"))
+        result = self.summarize(self.measure("valid"), self.measure("test"))
         if self.first:
             write_json(self.folder.path / "result.json", result)
         return result
@@ -206,30 +208,33 @@ class Run:
     def all_of(self, tokens: np.ndarray) -> Iterator[data.Batch]:
         return data.ordered_windows(tokens, self.settings.block_size, self.settings.device)
 
-    def measure(self, split: str, whole: bool = True) -> list[tuple[float, list[float]]]:
-        """Of each text: the loss in nats on that split, and the generalists' mean gate in each layer."""
-        T, measured = self.settings.block_size, []
+    def glance(self, tokens: np.ndarray) -> Iterator[data.Batch]:
+        """Windows that are spread over a text; a short one is read whole."""
+        if len(tokens) <= GLANCE:
+            return self.all_of(tokens)
+        T = self.settings.block_size
+        return data.spread_windows(tokens, max(1, GLANCE // T), T, self.settings.device)
+
+    def measure(self, split: str, read: Callable | None = None) -> list[tuple[float, list[float]]]:
+        """Of each text: the loss in nats on that split, and the generalists' mean gate in each layer. `read` makes
+        batches of tokens; by default of all."""
+        measured = []
         for user, text in self.tested:
-            tokens = getattr(text, split)
-            glance = not whole and len(tokens) > GLANCE * T
-            batches = data.spread_windows(tokens, GLANCE, T, self.settings.device) if glance else self.all_of(tokens)
-            loss, gates = evaluate(user.model, batches, user.gates)  # gates: (L, E)
+            loss, gates = evaluate(user.model, (read or self.all_of)(getattr(text, split)), user.gates)  # gates: (L, E)
             self.check(user, loss)
             generalist = [role == GENERALIST for role in user.model.config.expert_roles]
             measured.append((loss, gates[:, generalist].sum(1).tolist()))
         return measured
 
-    def log(self, number: int, losses: dict[User, float], whole: bool = False) -> list[tuple[float, list[float]]]:
-        """After a round: measure validation losses, add them to metrics.jsonl, save a checkpoint, return them."""
-        valid = self.measure("valid", whole)
+    def log(self, number: int, losses: dict[User, float]) -> None:
+        """After a round: glance at validation text, and add what is seen to metrics.jsonl."""
+        valid = self.measure("valid", self.glance)
         lines = processes.gathered([{
             "round": number, "user": text.name, "train_loss": losses.get(user), "valid_loss": loss,
             "generalist_share": share, "bytes_up": user.bytes_up, "bytes_down": user.bytes_down}
             for (user, text), (loss, share) in zip(self.tested, valid, strict=True)])
         if self.first:
             self.folder.log(lines)
-        self.save(number)
-        return valid
 
     def save(self, number: int) -> None:
         """Write the checkpoint of a round's end."""

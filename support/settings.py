@@ -86,7 +86,7 @@ def check(settings) -> None:
 SCRATCH = dict(n_layer=3, n_head=4, n_embd=128)  # the shape, where no base decides
 USUAL = {  # what suits a small model, and one that others pretrained
     "batch_size": (8, 2), "block_size": (64, 128), "rounds": (64, 10), "lr": (6e-3, 1e-3), "warmup": (100, 20),
-    "eval_every": (16, 5), "router_steps": (5, 10)}
+    "eval_every": (8, 1), "save_every": (16, 5), "router_steps": (5, 10)}
 
 
 def usual(name: str, help: str, kind: type, low: float | None = None, **values):
@@ -179,7 +179,8 @@ class Settings(Training):
     drop_rate: float = setting(0.0, "the chance that a called user vanishes before it answers", float, 0, below=1)
     clip_update: float | None = setting(None, "the largest norm of an update; longer ones are cut", float, above=0)
     dp_noise: float = setting(0.0, "noise on the average, in multiples of largest norm / number of answers", float, 0)
-    eval_every: int | None = usual("eval_every", "rounds between evaluations on validation text", int, 1)
+    eval_every: int | None = usual("eval_every", "rounds between two glances at validation text", int, 1)
+    save_every: int | None = usual("save_every", "rounds between two checkpoints", int, 1)
     out: str | None = setting(None, "folder of the run (default: a new one under out/)")
     resume: bool = setting(False, "continue the run in --out from its newest checkpoint, with its settings", bool)
 
@@ -260,7 +261,7 @@ GROUPS = {  # the headings of train.py --help
     "learning": "batch_size block_size lr warmup weight_decay router_lr router_every router_steps experts_see n_layer "
                 "n_head n_embd",
     "federation": "rounds local_steps average participation drop_rate clip_update dp_noise",
-    "run": "out resume overwrite eval_every seed device compile",
+    "run": "out resume overwrite eval_every save_every seed device compile",
 }
 
 

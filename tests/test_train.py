@@ -21,7 +21,7 @@ from support.trigram import trigram_loss
 
 SHAPE = "--n-layer 1 --n-head 2 --n-embd 8"
 SCHEDULE = ("--users 3 --specialists 0,1,3 --block-size 8 --batch-size 2 --rounds 3 --local-steps 2 --router-every 2 "
-            "--router-steps 1 --warmup 1 --eval-every 2")
+            "--router-steps 1 --warmup 1 --eval-every 2 --save-every 2")
 TINY = f"{SHAPE} {SCHEDULE}".split()
 NAMES = ("anna", "bert", "cleo")
 
@@ -113,17 +113,17 @@ def test_the_training_loss_of_a_line_is_the_mean_over_the_rounds_steps():
         assert line["train_loss"] == pytest.approx(sum(user.lower.step(user.model).item() for _ in range(4)) / 4)
 
 
-def test_evaluations_on_the_way_read_a_few_windows_and_the_last_one_everything(monkeypatch):
+def test_points_of_a_curve_read_a_few_windows_and_the_end_reads_everything(monkeypatch):
     read = []
     evaluate = train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda model, batches, gates: read.append(
         batches := list(batches)) or evaluate(model, batches, gates))
-    monkeypatch.setattr(train, "GLANCE", 5)
+    monkeypatch.setattr(train, "GLANCE", 47)
     again = begun("--rounds 2 --eval-every 1")
     again.play(tqdm(disable=True))
     sizes = [sum(targets.numel() for _, targets in batches) for batches in read]
     valid, test = ([len(getattr(text, split)) - 1 for text in again.texts] for split in ("valid", "test"))
-    assert sizes == [*test, *[5 * 8] * 3, *[5 * 8] * 3, *valid, *test]
+    assert sizes == [*test, *[5 * 8] * 9, *valid, *test]
 
 
 def test_a_bases_loss_is_computed_once_and_is_that_of_the_base_without_a_mixture(monkeypatch):
