@@ -17,10 +17,10 @@ from tqdm import tqdm
 from methods import METHODS
 from support import plots
 from support.errors import BadInput, Diverged
-from support.files import read_json, write_json, write_text
+from support.files import read_json
 from support.folder import code, json_of
-from support.settings import HYPER, Settings, as_flags, check, given_in, parsed, setting, status_of
-from support.tables import curves, summarize, table
+from support.settings import HYPER, Settings, as_flags, check, given_in, parsed, plain, setting, status_of
+from support.tables import caption, markdown, summarize, table, write_all
 from train import Run
 
 
@@ -32,7 +32,7 @@ class Comparison:
     rates: tuple[float, ...] | None = setting(
         None, "learning rates to choose from, for each row by itself, on validation text, with the first seed",
         float, above=0, many=True)
-    out: str = setting("out/compare", "folder of the runs, of table.md and of table.json")
+    out: str = setting("out/compare", "folder of the runs and of the tables")
     sweep: str | None = setting(None, "a hyper-parameter, and values that rows which have it choose from in the same "
                                       "way, as lambda=0.01,0.1")
     plot: bool = setting(False, "also draw table.png and table.svg (needs matplotlib)", bool)
@@ -106,7 +106,7 @@ def play(rows: Rows, comparison: Comparison) -> tuple[dict[str, list[Path]], dic
 
 
 def compare(rows: Rows, comparison: Comparison) -> None:
-    """Run all rows, write table.md, table.json and the drawing and print the table. Raises BadInput."""
+    """Run all rows, write the table in several forms and the drawing, print the table. Raises BadInput."""
     if comparison.plot:
         plots.need("matplotlib", "plot")
     if (comparison.rates or comparison.sweep) and any(row.experts_see == "both" for row in rows.values()):
@@ -125,10 +125,9 @@ def compare(rows: Rows, comparison: Comparison) -> None:
             summaries[label + few] = summarize(runs, tried[label], folders.get("local"))
     if not summaries:
         raise Diverged(f"`lr`, `rates` {comparison.rates}: every run diverged; take smaller ones")
-    out, text = Path(comparison.out), table(summaries)
-    write_text(out / "table.md", f"{text}\n\n{curves(summaries)}\n")
-    write_json(out / "table.json", summaries)
-    print(text)
+    out = Path(comparison.out)
+    write_all(out, summaries, folders, caption([plain(row) for row in rows.values()], comparison.seeds))
+    print(markdown(table(summaries)))
     if comparison.plot:
         plots.draw_comparison(summaries, out / "table")
 

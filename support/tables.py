@@ -1,11 +1,16 @@
-"""What several runs come to: a row for each method, over its seeds and users, as Markdown."""
+"""What several runs come to: a row for each method, over its seeds and users, as Markdown and LaTeX; and all figures by
+seed and user as CSV, for other programs."""
 
+import csv
+import io
 import math
+import re
 import statistics
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from model import GENERALIST, ROUTER, SPECIALIST
-from support.files import read_json, read_lines
+from support.files import read_json, read_lines, write_json, write_text
 
 
 def read(folder: Path) -> dict:
@@ -54,9 +59,17 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
-def table(summaries: dict[str, dict]) -> str:
-    """Markdown: test perplexity by user and over users, mean ± standard deviation over seeds, and what it costs; kB are
-    per user and round. Below, the first row's models as they start, and the trigrams, if they are the same for all."""
+def latex(rows: list[list[str]], caption: str) -> str:
+    def line(row: list[str]) -> str:
+        return " & ".join(re.sub(r"([%&_#])", r"\\\1", cell).replace("±", r"$\pm$") for cell in row) + r" \\"
+    return "\n".join([r"\begin{table}", rf"\caption{{{line([caption])[:-3]}}}",
+                      rf"\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}", line(rows[0]), r"\hline",
+                      *map(line, rows[1:]), r"\end{tabular}", r"\end{table}", ""])
+
+
+def table(summaries: dict[str, dict]) -> list[list[str]]:
+    """Cells: test perplexity by user and over users, mean ± standard deviation over seeds, and what it costs. Below,
+    the first row's models as they start, and the trigrams, if they are the same for all."""
     any_row = next(iter(summaries.values()))
     rows = [["", "rate", *any_row["users"], "mean", "worst user", "hurt", "trained", "sent", "kB up", "kB down",
              "seconds"]]
@@ -71,7 +84,57 @@ def table(summaries: dict[str, dict]) -> str:
         if key == "start" or all(row[key] == values for row in summaries.values()):
             numbers = [*values, statistics.mean(values), max(values)]
             rows.append([label, "", *(f"{number:.2f}" for number in numbers), *[""] * 6])
-    return markdown(rows)
+    return rows
+
+
+COLUMNS = ("Perplexity on test text, each user's and their mean, ± the standard deviation over seeds. rate: the "
+           "learning rate, and what else was chosen on validation text. hurt: how many users do worse than with the "
+           "same seed of local. trained, sent: parameters of a user that learn, and that it sends. kB: a user's, in a "
+           "round. seconds: of a run.")
+
+
+def caption(rows: list[dict], seeds: int) -> str:
+    """What is common to all rows of settings, and what the columns mean."""
+    def common(text: str, *names: str) -> str:
+        values = [{str(row[name]) for row in rows} for name in names]
+        return text.format(*(each.pop() if len(each) == 1 else "differing" for each in values))
+    return " ".join([
+        common("Text: {}, target: {}. Base: {}, experts: {}.", "data", "target", "init_from", "expert"),
+        common("{} users, {} rounds of {} steps of {} × {} tokens;", "users", "rounds", "local_steps", "batch_size",
+               "block_size"), f"{seeds} seed{'s' * (seeds > 1)}.", COLUMNS])
+
+
+def as_csv(records: Callable[[Path], Iterable[dict]], folders: dict[str, list[Path]], caption: str) -> str:
+    """The caption in a first line that begins with #, names, and a line for each record of each run."""
+    text, records = io.StringIO(), [{"row": label, "seed": read(folder)["seed"], **record}
+                                    for label, runs in folders.items() for folder in runs for record in records(folder)]
+    writer = csv.DictWriter(text, records[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return f"# {caption}\n{text.getvalue()}"
+
+
+def by_user(folder: Path) -> Iterable[dict]:
+    """What each user of a run came to."""
+    for user in read(folder)["users"]:
+        yield {"user": user["name"], **{name: user[name] for name in (
+            "specialists", "test_ppl_start", "valid_ppl", "test_ppl", "test_bpb", "trigram_ppl")}, **user["parameters"]}
+
+
+def by_round(folder: Path) -> Iterable[dict]:
+    """The users' curves in a run, losses in nats."""
+    for line in read_lines(folder / "metrics.jsonl"):
+        yield line | {"generalist_share": statistics.mean(line["generalist_share"])}
+
+
+def write_all(out: Path, summaries: dict[str, dict], folders: dict[str, list[Path]], caption: str) -> None:
+    """table.md, .tex and .json; and figures by seed and user: table.csv, the ends, and curves.csv, the way."""
+    cells = table(summaries)
+    write_text(out / "table.md", f"{markdown(cells)}\n\n{caption}\n\n{curves(summaries)}\n")
+    write_text(out / "table.tex", latex(cells, caption))
+    write_text(out / "table.csv", as_csv(by_user, folders, caption))
+    write_text(out / "curves.csv", as_csv(by_round, folders, caption))
+    write_json(out / "table.json", summaries)
 
 
 def curves(summaries: dict[str, dict]) -> str:

@@ -1,5 +1,6 @@
 """Comparisons: what is run, what is chosen by which text, and what the tables say."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from lab import experiments
 from support import folder, plots
 from support.errors import Diverged
 from support.settings import parsed
-from support.tables import curves, summarize, table
+from support.tables import curves, latex, markdown, summarize, table
 from test_train import TINY, refusal
 
 SHORT = f"{' '.join(TINY)} --rounds 1 --specialists 1 --data text"
@@ -36,6 +37,13 @@ def test_what_is_there_isnt_run_again_what_was_cut_off_is_and_other_settings_are
     runs, text = [result("local", 0.006, seed) for seed in (0, 1)], Path("out/table.md").read_text()
     assert f"{sum(run['mean_test_ppl'] for run in runs) / 2:.2f} ±" in text.splitlines()[3]
     assert all(name in text for name in ("anna", "bert", "cleo", "no training", "trigram"))
+    assert all(name in text for name in ("Text: text, target: own.", "2 seeds", "hurt: "))
+    ends, way = (list(csv.DictReader(Path("out", file).read_text().splitlines()[1:]))
+                 for file in ("table.csv", "curves.csv"))
+    assert [float(end["test_ppl"]) for end in ends if end["row"] == "local"] == [
+        user["test_ppl"] for run in runs for user in run["users"]]
+    assert {point["user"] for point in way} == {"anna", "bert", "cleo"}
+    assert "local & 0.006 &" in Path("out/table.tex").read_text()
     monkeypatch.setattr("federated.User.learn", None)  # nothing is missing any more
     assert compared() == compared("--overwrite") == 0
     Path("out").rename("kept")
@@ -119,10 +127,11 @@ def test_a_row_worked_by_hand(tmp_path):
                   "trained": 21, "sent": 15, "bytes_up": 20, "bytes_down": 40,  # means over users; and rounds
                   "valid_loss_by_round": {0: 4.0, 10: 1.5}} == row
     assert summarize(ours, {0.2: 6.0}, None)["hurt"] is None
-    both = table({"ours": row, "other": row | {"trigram": [1.0, 2.0]}})
-    assert ("trigram" in table({"ours": row}), "trigram" in both, "no training" in both) == (True, False, True)
-    assert table({"ours": row}).splitlines()[2].startswith(
-        "| ours | 0.2 | 3.00 ± 1.41 | 7.00 ± 1.41 | 5.00 ± 1.41 | 7.00 ± 1.41 | 25% | 21 | 15 |")
+    (_, ours, *others), both = table({"ours": row}), table({"ours": row, "other": row | {"trigram": [1.0, 2.0]}})
+    assert ([cells[0] for cells in others], both[-1][0]) == (["no training", "trigram"], "no training")
+    assert ours[:9] == "ours|0.2|3.00 ± 1.41|7.00 ± 1.41|5.00 ± 1.41|7.00 ± 1.41|25%|21|15".split("|")
+    assert markdown([["", "a"], ["b", "c"]]) == "|  | a |\n| --- | --- |\n| b | c |"
+    assert r"50\% \& a\_b & 1 $\pm$ 2 \\" in latex([["", "a"], ["50% & a_b", "1 ± 2"]], "")
     assert curves({"ours": row}).splitlines()[2] == "| ours | 4.000 | 1.500 |"
 
 
