@@ -64,7 +64,9 @@ def finished(settings: Settings, anew: bool, bar: tqdm) -> Path:
         if settings.resume and (folder / "result.json").exists():
             bar.update(settings.rounds * settings.users)
             return folder
-    Run(settings).play(bar)
+    run = Run(settings)
+    run.play(bar)
+    run.show()
     return folder
 
 

@@ -124,8 +124,10 @@ def anyones(settings: "Settings", train: list[int], tokenizer: tiktoken.Encoding
             seen.update(documents)
     if len(users) < len(train):
         others = f", and {left_out} with too little text" if left_out else ""
-        raise BadInput(f"`users` {len(train)}: `data` {settings.data} holds {len(users)} users{others}; add text or "
-                       "ask for fewer")
+        raise BadInput(f"`users` {len(train)}: `data` {settings.data} has text of {len(users)}{others}; "
+                       + (f"take `users` {len(users)}, or add text" if users else "add text"))
+    if (more := len(held) - left_out) > len(users):
+        print(f"{settings.data} has text of {more} users; the first {len(users)} by name take part", file=sys.stderr)
     return users
 
 

@@ -35,7 +35,7 @@ class Sampling:
 
     run: str | None = setting(None, "folder of the run")
     user: str | None = setting(None, "whose model; all: everyone's, one after the other (default: the first user's)")
-    prompt: str | None = setting(None, "how the text begins (default: the start of a document)")
+    prompt: str | None = setting(None, "how the text begins (default: the start of a document)", empty=True)
     tokens: int = setting(300, "tokens to generate", int, low=1)
     temperature: float = setting(0.8, "0 takes the likeliest token, 1 samples as the model says", float, low=0)
     top_k: int = setting(40, "sample from this many of the likeliest tokens", int, low=1)
@@ -85,7 +85,8 @@ def open_run(path: str | Path) -> Opened:
     path = Path(path)
     state = folder.newest(path)
     if state is None:
-        raise BadInput(f"`run` {path}: holds no checkpoint.pt; give the folder of a run")
+        runs = ", ".join(sorted(str(found.parent) for found in path.glob("*/checkpoint.pt")))
+        raise BadInput(f"`run` {path}: holds no checkpoint.pt; give the folder of a run{runs and f', such as {runs}'}")
     known, users, start = state["base"], {}, None
     if known["name"] != "scratch":
         config = state["users"][0]["config"]

@@ -165,6 +165,12 @@ class Run:
             write_json(self.folder.path / "result.json", result)
         return result
 
+    def show(self) -> None:
+        """Write the page of what everyone learned."""
+        learned = [folder.Learned(user.name, user.model, user.gates) for user, _ in self.tested]
+        page.of_run(self.folder.path, self.folder.path / "page.html", self.settings.title, self.texts, learned,
+                    self.base.encoding)
+
     def called(self, number: int) -> tuple[list[User], list[User]]:
         """Who is called in a round, and who of them vanishes before it answers; of this process's users."""
         generator = data.seeded(self.settings.seed, "called", number)
@@ -306,8 +312,7 @@ def train(settings: Settings) -> None:
     path = run.folder.path
     print(table(result, path))
     if processes.count() == 1:
-        learned = [folder.Learned(user.name, user.model, user.gates) for user, _ in run.tested]
-        page.of_run(path, path / "page.html", settings.title, run.texts, learned, run.base.encoding)
+        run.show()
         print(f"what it learned: {path / 'page.html'}")
     else:  # the other users' models are elsewhere
         print(f"what it learned: python sample.py --run {path} --html {path / 'page.html'}")

@@ -231,6 +231,9 @@ def field(row: Row, name: str) -> object:
     return row[name] if name in row or not rest else field(row[first], rest)
 
 
+NAMING = "name one: `user_field`, `text_field` (in a .csv the first row is a header)"
+
+
 def documents(table: Iterable[tuple[str, Row]], recipe: Recipe) -> Iterator[Document]:
     """The rows that are some user's. Raises BadInput."""
     named = recipe.users and {value: name for name, value in recipe.users.items()}
@@ -243,7 +246,7 @@ def documents(table: Iterable[tuple[str, Row]], recipe: Recipe) -> Iterator[Docu
         except KeyError as error:
             there = " ".join(", ".join(map(str, row)).split())[:200] if isinstance(row, dict) else "no fields"
             raise BadInput(f"`data` {where}: has no field {error.args[0]} but {there}; "
-                           f"{'give another `source`' if named else 'name one: `user_field`, `text_field`'}") from None
+                           f"{'give another `source`' if named else NAMING}") from None
         if not all(isinstance(text, str) for text in texts):
             raise BadInput(f"`data` {where}: its {' or '.join(recipe.text_fields)} isn't text; correct or "
                            "remove the row")

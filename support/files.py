@@ -8,7 +8,8 @@ from pathlib import Path
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Write a file under another name, which `save` is given, and then rename it."""
+    """Write a file under another name, which `save` is given, and then rename it. Its folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         save(temporary)
@@ -39,6 +40,5 @@ def kept(folder: Path, key: object, compute: Callable[[], object]) -> object:
     """What was computed earlier under this key, out of a file in that folder; else it is computed now, and kept."""
     path = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(path, compute())
     return read_json(path)

@@ -165,6 +165,9 @@ def settings_of(arguments: list[str] | None) -> Settings:
     saved = json_of(Path(given["out"]) / "config.json")["settings"]
     for name, value in sorted(given.items(), key=lambda item: isinstance(item[1], tuple)):  # one for each user: last
         wanted = plain(Settings(**saved | {name: value}))[name] if isinstance(value, tuple) else value
+        if name == "rounds" and (Path(given["out"]) / "result.json").exists():
+            refuse(name, value, f"the run in {given['out']} ended after {saved[name]}, and the cosine of its learning "
+                                "rates with it", "start anew with `overwrite`")
         if name not in ("resume", "out", "overwrite") and wanted != saved[name]:
             refuse(name, value, f"the run in {given['out']} has {saved[name]}",
                    "leave it out, or start anew with `overwrite`")

@@ -35,6 +35,7 @@ class Flag:
     below: float | None = None  # a bound that is itself too large
     choices: Collection[str] = ()
     many: bool = False  # several values, such as one for each user
+    empty: bool = False  # whether a text may be empty
 
     def parse(self, text: str):
         """The value of a text from the command line. Raises ValueError."""
@@ -42,7 +43,8 @@ class Flag:
 
     def allows(self, value) -> bool:
         return all(
-            one != "" and (not self.choices or one in self.choices) and (self.kind is not float or math.isfinite(one))
+            (self.empty or one != "") and (not self.choices or one in self.choices)
+            and (self.kind is not float or math.isfinite(one))
             and (self.low is None or one >= self.low) and (self.high is None or one <= self.high)
             and (self.above is None or one > self.above) and (self.below is None or one < self.below)
             for one in (value if self.many else [value]))

@@ -75,8 +75,8 @@ def test_a_folders_users_are_files_folders_and_given_splits():
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("t/.x", "x", "`users` 2: `data` t holds 0 users; add text"),
-    ("t/a.txt", words(0, 5000), "holds 1 users"),
+    ("t/.x", "x", "`users` 2: `data` t has text of 0; add text"),
+    ("t/a.txt", words(0, 5000), "has text of 1; take `users` 1, or add"),
     ("t/a.txt", b"caf\xe9 " * 100, "a.txt: is not UTF-8; convert"),
     ("t/a.txt", "Grüße".encode("utf-16"), "a.txt: is not UTF-8"),
     ("t/here/x", "x", "rename one"),  # beside here.txt

@@ -141,8 +141,10 @@ def test_users_with_too_little_text_are_refused_or_left_out(capsys):
         load(where, 3)
     left = load(where, 3, short_users="leave-out", train_kb=(1, 2, 3))
     assert [(text.name, text.train_bytes) for text in left] == [("a", 1000), ("c", 2000), ("d", 3000)]
-    assert capsys.readouterr().err.startswith("left out: user b has 0.0")
-    with pytest.raises(BadInput, match="`users` 4: .* holds 3 users, and 1 with too little text;"):
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "t.jsonl has text of 4 users; the first 3 by name take part"
+    assert told[1].startswith("left out: user b has 0.0")
+    with pytest.raises(BadInput, match="`users` 4: .* has text of 3, and 1 with too little text;"):
         load(where, 4, short_users="leave-out")
     with pytest.raises(BadInput, match="user yaml has [0-9.]* kB of training text, not `train_kb` 900; add"):
         load("builtin", train_kb=(900,))

@@ -200,6 +200,7 @@ def test_what_cant_be_continued_is_one_line(capsys):
     assert "holds no run to continue" in refusal(capsys, RESUME)
     assert train.main(command(out="cut", lora=True)) == 0
     assert "has ended; --overwrite starts anew" in refusal(capsys, RESUME)
+    assert "ended after 3, and the cosine of its learning rates" in refusal(capsys, [*RESUME, "--rounds", "9"])
     Path("cut/result.json").unlink()
     Path("text/anna.txt").write_text("another text " * 300)
     assert "--data: is no longer what the run" in refusal(capsys, RESUME)

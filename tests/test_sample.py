@@ -32,8 +32,8 @@ def test_the_models_of_a_checkpoint_are_those_that_were_tested(corpus, tiny_base
     assert [*opened.texts] == [row["name"] for row in rows] == ["anna", "bert", "cleo"]
     for (user, text), row in zip(opened.readers, rows, strict=True):
         assert opened.perplexity(user, text.test) == pytest.approx(row["test_ppl"], rel=1e-6)
-    assert sample.main(["--run", "run", "--html", "again.html"]) == 0
-    assert Path("again.html").read_bytes() == Path("run/page.html").read_bytes()
+    assert sample.main(["--run", "run", "--html", "new/again.html"]) == 0
+    assert Path("new/again.html").read_bytes() == Path("run/page.html").read_bytes()
 
 
 def test_flags_reach_the_model_and_the_seed_decides(corpus, tiny_base, capsys):
@@ -45,6 +45,7 @@ def test_flags_reach_the_model_and_the_seed_decides(corpus, tiny_base, capsys):
     one, same, other = (said(f"--prompt naïve --seed {seed}") for seed in (1, 1, 2))
     assert one == same != other
     assert one.startswith("naïve")
+    assert said("--prompt=")
     likeliest = ("--temperature 0", "--temperature 0 --seed 7 --user anna", "--top-k 1", "--temperature 1e-40")
     assert len(set(map(said, likeliest))) == 1
     assert re.fullmatch("anna:\n123.*\n\nbert:\n123.*\n\ncleo:\n123.*", said("--user all --prompt 123"), re.S)
@@ -67,7 +68,8 @@ def test_bad_input_is_one_line_and_status_2(corpus, tiny_base, capsys):
     run(corpus, tiny_base)
     refused("", "--run: missing; give the folder of a run")
     refused("--run no", "--run no: holds no checkpoint.pt; give the folder of a run")
-    for flag in ("--user zoe", "--temperature -1.0", "--top-k 0", f"--seed {2 ** 64}", "--html .", "--html no/p.html"):
+    refused("--run .", "--run .: holds no checkpoint.pt; give the folder of a run, such as run")
+    for flag in ("--user zoe", "--temperature -1.0", "--top-k 0", f"--seed {2 ** 64}", "--html ."):
         refused(f"--run run {flag}", f"{flag}: ")
     for damaged in (Path("run/result.json"), Path("run/metrics.jsonl")):
         damaged.write_text("{\n")
