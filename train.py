@@ -9,36 +9,29 @@ A run's folder holds config.json (settings, versions), metrics.jsonl (a line per
 previous.pt (states to continue from, for torch.load with weights_only=True) and, once it has ended, result.json.
 """
 
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from hashlib import sha256
-from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import data
-from bilevel import Rhythm, cosine, evaluate
+from bilevel import Rhythm, cosine
 from data import Text
 from federated import User, federated_round
 from methods import METHODS
-from model import BACKBONE, GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig
+from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig
 from support import folder, page, processes
-from support.errors import Diverged
-from support.files import kept, write_json
+from support.files import write_json
 from support.folder import Folder, stopped_gently
 from support.guard import Guard
+from support.measuring import check_loss, counts_of, line_of, result_of, row_of, table, untrained
 from support.pretrained import Base
 from support.settings import Settings, check_device, plain, status_of
 from support.start import starting_point
-from support.trigram import trigram_loss
 
-DIVERGED = 100.0  # nats; guessing at random costs less than 11, with GPT-2's vocabulary
-GLANCE = 2048  # tokens of a user's validation text that a point of its curve is made of
-JUDGED = 8  # windows of it by which a device judges a model, where a method asks for that
+JUDGED = 8  # windows of a user's validation text by which a device judges a model, where a method asks for that
 
 
 # --- build: from settings to a server and users ----------------------------------------------------------------------
@@ -85,27 +78,45 @@ def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> 
     return method.user(name, model, lower, upper, weight, judge, settings.hyper)
 
 
+def build_largest(settings: Settings, start: Base, owner: str) -> GPT:
+    """A model in which every user's has a place, such as the server's."""
+    return build_model(settings, start, max(settings.specialists), max(settings.lora_rank), owner)
+
+
+def build_server(settings: Settings, model: GPT) -> Guard:
+    kind = METHODS[settings.method].server if processes.count() == 1 else processes.Together
+    return Guard(kind(model.having(GENERALIST), settings.hyper), settings.clip_update, settings.dp_noise,
+                 data.seeded(settings.seed, "noise"))
+
+
+def build_own(settings: Settings, start: Base, common: GPT, text: Text, number: int) -> User:
+    """User `number`, with a model of its own and the server's backbone, which needn't be pretrained to be the same."""
+    model = build_model(settings, start, settings.specialists[number], settings.lora_rank[number], text.name)
+    frozen = common.having(BACKBONE)
+    model.load_state_dict({name: frozen[name] for name in model.having(BACKBONE)}, strict=False, assign=True)
+    return build_user(settings, text.name, model, [text])
+
+
 def build(settings: Settings, start: Base, texts: list[Text]) -> tuple[Guard, list[User]]:
     """The server, and this process's users: one for each text, or a single one for all if the method pools them."""
-    method = METHODS[settings.method]
-    largest = max(settings.specialists), max(settings.lora_rank)
-    common = build_model(settings, start, *largest, "server")
-    kind = method.server if processes.count() == 1 else processes.Together
-    server = Guard(kind(common.having(GENERALIST), settings.hyper), settings.clip_update, settings.dp_noise,
-                   data.seeded(settings.seed, "noise"))
-    if method.pooled:
-        return server, [build_user(settings, "everyone", build_model(settings, start, *largest, "everyone"), texts)]
-    users, frozen = [], common.having(BACKBONE)
-    for text, specialists, rank in processes.own(
-            list(zip(texts, settings.specialists, settings.lora_rank, strict=True))):
-        model = build_model(settings, start, specialists, rank, text.name)
-        same = {name: frozen[name] for name in model.having(BACKBONE)}  # for all, if it isn't pretrained either
-        model.load_state_dict(same, strict=False, assign=True)
-        users.append(build_user(settings, text.name, model, [text]))
-    return server, users
+    common = build_largest(settings, start, "server")
+    server = build_server(settings, common)
+    if METHODS[settings.method].pooled:
+        return server, [build_user(settings, "everyone", build_largest(settings, start, "everyone"), texts)]
+    return server, [build_own(settings, start, common, text, number)
+                    for number, text in processes.own(list(enumerate(texts)))]
 
 
-# --- the run: rounds, evaluations, a result --------------------------------------------------------------------------
+def drawn(settings: Settings, number: int) -> tuple[list[int], list[int]]:
+    """Which users are called in a round, and which of them vanish before they answer."""
+    generator = data.seeded(settings.seed, "called", number)
+    total, count = called_of(settings)
+    chosen = sorted(torch.randperm(total, generator=generator)[:count].tolist())
+    luck = torch.rand(total, generator=generator).tolist()
+    return chosen, [i for i in chosen if luck[i] < settings.drop_rate]
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
 
 class Run:
     """A run that is ready to be played, from its beginning or from a checkpoint. Raises BadInput."""
@@ -116,6 +127,7 @@ class Run:
         self.base = starting_point(settings)
         self.texts = data.load(settings, self.base.encoding)
         self.server, self.users = build(settings, self.base, self.texts)
+        self.here = dict(zip(processes.own(list(range(called_of(settings)[0]))), self.users, strict=True))  # by number
         learners = self.users * len(self.texts) if METHODS[settings.method].pooled else self.users
         self.tested = list(zip(learners, processes.own(self.texts), strict=True))  # whose model is tested on which text
         self.first = processes.index() == 0  # of several processes, the first writes
@@ -138,15 +150,15 @@ class Run:
         if self.before is None:
             bar.set_description("measuring the untrained models")
             self.hand_out()
-            self.before = [self.untrained(*each) for each in self.tested]
+            self.before = [untrained(settings, self.base, *each) for each in self.tested]
             self.log(0, {})
             self.save(0)
         for number in range(self.done + 1, settings.rounds + 1):
-            called, lost = self.called(number)
+            called, lost = ([self.here[i] for i in each if i in self.here] for each in drawn(settings, number))
             refused = len(self.server.refused)
             losses = federated_round(self.server, self.shown(called, number, bar), rhythm, lost)
             for user, loss in losses.items():
-                self.check(user, loss)
+                check_loss(settings, user, loss)
             for name, reason in self.server.refused[refused:]:
                 bar.write(f"round {number}: the answer of user {name} was refused: {reason}", file=sys.stderr)
             bar.update(settings.users - len(called))  # who weren't called
@@ -160,7 +172,7 @@ class Run:
                 self.save(number)
             if stopping and not last:
                 raise KeyboardInterrupt
-        result = self.summarize(self.measure("valid"), self.measure("test"))
+        result = self.result()
         if self.first:
             write_json(self.folder.path / "result.json", result)
         return result
@@ -171,27 +183,12 @@ class Run:
         page.of_run(self.folder.path, self.folder.path / "page.html", self.settings.title, self.texts, learned,
                     self.base.encoding)
 
-    def called(self, number: int) -> tuple[list[User], list[User]]:
-        """Who is called in a round, and who of them vanishes before it answers; of this process's users."""
-        generator = data.seeded(self.settings.seed, "called", number)
-        total, count = called_of(self.settings)
-        chosen = set(torch.randperm(total, generator=generator)[:count].tolist())
-        luck = torch.rand(total, generator=generator).tolist()
-        mine = [(user, i) for user, i in zip(self.users, processes.own(list(range(total))), strict=True) if i in chosen]
-        return [user for user, _ in mine], [user for user, i in mine if luck[i] < self.settings.drop_rate]
-
     def shown(self, users: list[User], number: int, bar: tqdm) -> Iterator[User]:
         """The users, while the bar follows."""
         for user in users:
             bar.set_description(f"{self.settings.method}, round {number}/{self.settings.rounds}, {user.name}")
             yield user
             bar.update()
-
-    def check(self, user: User, loss: float) -> None:
-        """Raises Diverged."""
-        if not loss < DIVERGED:
-            flag = f"`dp_noise` {self.settings.dp_noise}" if self.settings.dp_noise else f"`lr` {self.settings.lr}"
-            raise Diverged(f"{flag}: the loss of user {user.name} has grown to {loss:.3g}; take a smaller one")
 
     def hand_out(self, counted: bool = False) -> None:
         """Give θ^G to everyone, to be evaluated. Only the last time is this a message; before, a simulation looks at
@@ -201,44 +198,10 @@ class Run:
             user.receive(message) if counted else user.adopt(message)
             user.settle()
 
-    def untrained(self, user: User, text: Text) -> float:
-        """The loss in nats on test text before the first round. Low-rank changes are none at all then, so that it is
-        the base's, the same in every run: it is computed once, and kept."""
-        config, batches = user.model.config, self.all_of(text.test)
-        if config.expert != "lora":
-            return evaluate(user.model, batches, user.gates)[0]
-        first = torch.eye(config.n_experts)[:1].expand(config.n_layer, -1)  # the gates of no mixture
-        key = self.base.sha256, self.base.config, sha256(text.test).hexdigest(), torch.__version__
-        return kept(Path(self.settings.cache), key, lambda: evaluate(user.model, batches, first)[0])
-
-    def all_of(self, tokens: np.ndarray) -> Iterator[data.Batch]:
-        return data.ordered_windows(tokens, self.settings.block_size, self.settings.device)
-
-    def glance(self, tokens: np.ndarray) -> Iterator[data.Batch]:
-        """Windows that are spread over a text; a short one is read whole."""
-        if len(tokens) <= GLANCE:
-            return self.all_of(tokens)
-        T = self.settings.block_size
-        return data.spread_windows(tokens, max(1, GLANCE // T), T, self.settings.device)
-
-    def measure(self, split: str, read: Callable | None = None) -> list[tuple[float, list[float]]]:
-        """Of each text: the loss in nats on that split, and the generalists' mean gate in each layer. `read` makes
-        batches of tokens; by default of all."""
-        measured = []
-        for user, text in self.tested:
-            loss, gates = evaluate(user.model, (read or self.all_of)(getattr(text, split)), user.gates)  # gates: (L, E)
-            self.check(user, loss)
-            generalist = [role == GENERALIST for role in user.model.config.expert_roles]
-            measured.append((loss, gates[:, generalist].sum(1).tolist()))
-        return measured
-
     def log(self, number: int, losses: dict[User, float]) -> None:
-        """After a round: glance at validation text, and add what is seen to metrics.jsonl."""
-        valid = self.measure("valid", self.glance)
-        lines = processes.gathered([{
-            "round": number, "user": text.name, "train_loss": losses.get(user), "valid_loss": loss,
-            "generalist_share": share, "bytes_up": user.bytes_up, "bytes_down": user.bytes_down}
-            for (user, text), (loss, share) in zip(self.tested, valid, strict=True)])
+        """After a round: add everyone's line to metrics.jsonl."""
+        lines = processes.gathered([line_of(self.settings, number, user, text, losses.get(user))
+                                    for user, text in self.tested])
         if self.first:
             self.folder.log(lines)
 
@@ -252,52 +215,16 @@ class Run:
                 "test_start": before, "seconds": time.perf_counter() - self.began,
                 "server": self.server.state() | {"refused": refused}, "users": users})
 
-    def summarize(self, valid: list, after: list) -> dict:
+    def result(self) -> dict:
         """What result.json holds."""
-        rows = []
-        for (user, text), before, (valid_loss, _), (loss, share) in zip(
-                self.tested, self.before, valid, after, strict=True):
-            config = user.model.config
-            rows.append({
-                "name": text.name, "generalists": config.generalists, "specialists": config.specialists,
-                "train_bytes": text.train_bytes, "train_tokens": len(text.train),
-                "parameters": {role: sum(p.numel() for p in user.model.having(role).values()) for role in ROLES},
-                "valid_ppl": math.exp(valid_loss), "test_ppl_start": math.exp(before), "test_ppl": math.exp(loss),
-                "test_bpb": loss * (len(text.test) - 1) / math.log(2) / text.test_bytes,
-                "trigram_ppl": math.exp(trigram_loss(text.train, text.test, config.vocab_size)),
-                "generalist_share": share})
-        rows = processes.gathered(rows)
-        counts = processes.gathered([{
-            "tokens_seen": sum(level.steps * level.batches.tokens_per_batch for level in user.levels),
-            "bytes_up": user.bytes_up, "bytes_down": user.bytes_down} for user in self.users])
-        return {
-            "method": self.settings.method, "seed": self.settings.seed,
-            "seconds": round(time.perf_counter() - self.began, 1), "rounds": self.settings.rounds,
-            **{name: sum(user[name] for user in counts) for name in counts[0]},
-            "refused": sum(processes.gathered([len(self.server.refused)])),
-            **{f"mean_{name}": sum(row[name] for row in rows) / len(rows)
-               for name in ("valid_ppl", "test_ppl", "test_bpb")}, "users": rows}
+        rows = processes.gathered([row_of(self.settings, *each, before)
+                                   for each, before in zip(self.tested, self.before, strict=True)])
+        counts, refused = processes.gathered(list(map(counts_of, self.users))), len(self.server.refused)
+        return result_of(self.settings, rows, counts, sum(processes.gathered([refused])),
+                         time.perf_counter() - self.began)
 
 
-# --- the table and the command ---------------------------------------------------------------------------------------
-
-def table(result: dict, path: Path) -> str:
-    """The result as a person reads it."""
-    lines = [f"{'user':<14}{'experts':>9}{'parameters':>12}{'train kB':>10}{'test perplexity':>20}{'trigram':>9}"
-             f"{'bits/byte':>11}{'to generalists':>16}"]
-    for user in result["users"]:
-        share = f"{sum(user['generalist_share']) / len(user['generalist_share']):.0%}"
-        lines.append(
-            f"{user['name']:<14}{user['generalists']:>5}G {user['specialists']}S{sum(user['parameters'].values()):>12,}"
-            f"{user['train_bytes'] / 1000:>10.0f}{user['test_ppl_start']:>10.1f} → {user['test_ppl']:<7.2f}"
-            f"{user['trigram_ppl']:>9.2f}{user['test_bpb']:>11.3f}"
-            f"{share if METHODS[result['method']].routed else '–':>15}")
-    lines.append(f"{'mean':<45}{'':>13}{result['mean_test_ppl']:<7.2f}{'':>9}{result['mean_test_bpb']:>11.3f}")
-    lines.append(f"{result['method']}, seed {result['seed']}: {result['rounds']} rounds in {result['seconds']:.0f} s; "
-                 f"users sent {result['bytes_up'] / 1e6:.1f} MB and received {result['bytes_down'] / 1e6:.1f} MB; "
-                 f"everything is in {path}")
-    return "\n".join(lines)
-
+# --- the command ----------------------------------------------------------------------------------------------------
 
 def train(settings: Settings) -> None:
     """Raises BadInput."""

@@ -20,10 +20,10 @@ from model import GENERALIST, GPT, GPTConfig
 from support import pretrained
 from support.errors import BadInput
 from support.files import write
+from support.measuring import DIVERGED
 from support.settings import Training, check_device, parsed, setting, status_of
 from support.start import blank
 from support.trigram import trigram_loss
-from train import DIVERGED
 
 
 @dataclass

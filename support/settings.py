@@ -87,7 +87,7 @@ def check(settings) -> None:
 
 SCRATCH = dict(n_layer=3, n_head=4, n_embd=128)  # the shape, where no base decides
 USUAL = {  # what suits a small model, and one that others pretrained
-    "batch_size": (8, 2), "block_size": (64, 128), "rounds": (64, 10), "lr": (6e-3, 1e-3), "warmup": (100, 20),
+    "batch_size": (8, 2), "block_size": (64, 128), "rounds": (64, 10), "lr": (6e-3, 2e-3), "warmup": (100, 20),
     "eval_every": (8, 1), "save_every": (16, 5), "router_steps": (5, 10)}
 
 

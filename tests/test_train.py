@@ -15,7 +15,7 @@ import data
 import train
 from methods import METHODS
 from model import BACKBONE, GPT, ROUTER, SPECIALIST, GPTConfig
-from support import folder, page, pretrained, settings
+from support import folder, measuring, page, pretrained, settings
 from support.settings import Settings, as_flags, parsed, status_of
 from support.trigram import trigram_loss
 
@@ -115,15 +115,15 @@ def test_the_training_loss_of_a_line_is_the_mean_over_the_rounds_steps():
 
 def test_points_of_a_curve_read_a_few_windows_and_the_end_reads_everything(monkeypatch):
     read = []
-    evaluate = train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda model, batches, gates: read.append(
+    evaluate = measuring.evaluate
+    monkeypatch.setattr(measuring, "evaluate", lambda model, batches, gates: read.append(
         batches := list(batches)) or evaluate(model, batches, gates))
-    monkeypatch.setattr(train, "GLANCE", 47)
+    monkeypatch.setattr(measuring, "GLANCE", 47)
     again = begun("--rounds 2 --eval-every 1")
     again.play(tqdm(disable=True))
     sizes = [sum(targets.numel() for _, targets in batches) for batches in read]
     valid, test = ([len(getattr(text, split)) - 1 for text in again.texts] for split in ("valid", "test"))
-    assert sizes == [*test, *[5 * 8] * 9, *valid, *test]
+    assert sizes == [*test, *[5 * 8] * 9, *(size for each in zip(valid, test, strict=True) for size in each)]
 
 
 def test_a_bases_loss_is_computed_once_and_is_that_of_the_base_without_a_mixture(monkeypatch):
@@ -131,11 +131,11 @@ def test_a_bases_loss_is_computed_once_and_is_that_of_the_base_without_a_mixture
     base = pretrained.load("base.pt", 8)
     plain = GPT(GPTConfig(**base.config, specialists=0, expert="lora", routed=False), torch.Generator(), base.tensors)
     for user, text in zip(first["users"], begun("", out="two", lora=True).texts, strict=True):
-        loss, _ = train.evaluate(plain, data.ordered_windows(text.test, 8, B=7))
+        loss, _ = measuring.evaluate(plain, data.ordered_windows(text.test, 8, B=7))
         assert user["test_ppl_start"] == pytest.approx(math.exp(loss))
-    monkeypatch.setattr(train, "evaluate", None)
+    monkeypatch.setattr(measuring, "evaluate", None)
     again = begun("--method local --specialists 2", out="three", lora=True)
-    assert [math.exp(again.untrained(*each)) for each in again.tested] == [
+    assert [math.exp(measuring.untrained(again.settings, again.base, *each)) for each in again.tested] == [
         user["test_ppl_start"] for user in first["users"]]
 
 
@@ -210,12 +210,12 @@ def test_gpt2_tokens_and_a_mixed_target_run_too(monkeypatch):
 
 
 def test_who_is_called_and_who_vanishes_is_drawn_anew_each_round_and_the_same_again():
-    ready = begun("--participation 0.67 --drop-rate 0.5")
-    rounds = [ready.called(number) for number in range(1, 200)]
-    assert {tuple(user.name for user in called) for called, _ in rounds} == {NAMES[:2], NAMES[1:], NAMES[::2]}
+    settings = parsed("--users 3 --participation 0.67 --drop-rate 0.5".split())
+    rounds = [train.drawn(settings, number) for number in range(1, 200)]
+    assert {tuple(called) for called, _ in rounds} == {(0, 1), (1, 2), (0, 2)}
     numbers = [len(lost) for _, lost in rounds]
     assert ({*numbers}, sum(numbers) / 398) == ({0, 1, 2}, pytest.approx(0.5, abs=0.1))
-    assert rounds == [ready.called(number) for number in range(1, 200)]
+    assert rounds == [train.drawn(settings, number) for number in range(1, 200)]
 
 
 def test_what_is_frozen_is_the_same_object_in_all_users_and_keeps_its_bits_through_a_run():
