@@ -26,7 +26,7 @@ from support.llama import END
 if TYPE_CHECKING:
     from support.settings import Settings
 
-SPLITS = TRAIN, VALID, TEST = ("train", "valid", "test")
+SPLITS = TRAIN, VALID, TEST = corpora.SPLITS
 HELD_OUT = {TEST: 32_000, VALID: 16_000}  # bytes of a user's held-out text; of anyone's own text at most a tenth each
 DOCUMENT = 1_000_000  # bytes; a longer one is running text, which is cut into splits
 BUILTIN_TRAIN_KB = 40  # private text is scarce, and a run should be short
@@ -195,11 +195,16 @@ def lack(text: Text, wanted: int, block_size: int) -> str | None:
             return f"the {name} text of user {text.name} has {n} tokens, too few for `block_size` {block_size}"
 
 
-def load(settings: "Settings", tokenizer: tiktoken.Encoding) -> list[Text]:
-    """The text of each user. Raises BadInput."""
+def training_bytes(settings: "Settings") -> list[int]:
+    """How much training text each user is to have."""
     where = settings.data
     usual = BUILTIN_TRAIN_KB if where in BUILTIN else CORPORA[where].train_kb if where in CORPORA else None
-    train = [round(1000 * kb) if kb else EVERYTHING for kb in settings.train_kb or [usual] * settings.users]
+    return [round(1000 * kb) if kb else EVERYTHING for kb in settings.train_kb or [usual] * settings.users]
+
+
+def dealt(settings: "Settings", tokenizer: tiktoken.Encoding) -> dict[str, Splits]:
+    """The documents of each user. Raises BadInput."""
+    where, train = settings.data, training_bytes(settings)
     try:
         users = builtin(where, train) if where in BUILTIN else anyones(settings, train, tokenizer)
     except OSError as error:
@@ -210,11 +215,16 @@ def load(settings: "Settings", tokenizer: tiktoken.Encoding) -> list[Text]:
             raise BadInput(f"`valid_kb` {kb:g}: user {name} has {held / 1000:g} kB held out; ask for less")
         documents[VALID] = take(iter(documents[VALID]), round(1000 * kb))
     mixed = mix(users.values()) if settings.target == "mixed" else {}
-    texts = [as_tokens(name, documents | mixed, tokenizer) for name, documents in users.items()]
-    for text, wanted in zip(texts, train, strict=True):
+    return {name: documents | mixed for name, documents in users.items()}
+
+
+def load(settings: "Settings", tokenizer: tiktoken.Encoding) -> list[Text]:
+    """The text of each user. Raises BadInput."""
+    texts = [as_tokens(name, documents, tokenizer) for name, documents in dealt(settings, tokenizer).items()]
+    for text, wanted in zip(texts, training_bytes(settings), strict=True):
         if problem := lack(text, wanted, settings.block_size):
-            raise BadInput(f"`data` {where}: {problem}; add text, ask for less or for fewer `users`, or leave such "
-                           "users out with `short_users` leave-out")
+            raise BadInput(f"`data` {settings.data}: {problem}; add text, ask for less or for fewer `users`, or leave "
+                           "such users out with `short_users` leave-out")
     return texts
 
 

@@ -33,6 +33,9 @@ CORPUS_EXCERPT = 20_000  # likewise of a streamed corpus
 EVERYTHING = 1 << 62  # bytes
 
 
+SPLITS = ("train", "valid", "test")
+
+
 class Document(NamedTuple):
     user: str
     text: str
@@ -123,7 +126,7 @@ def folder(root: Path) -> Iterator[Document]:
         raise BadInput(f"`data` {root}: holds a NAME.txt and a NAME/ for the same user; rename one of them")
     for name, path in zip(names, paths, strict=True):
         check_name(name, str(root))
-        given = {path / f"{split}.txt": split for split in ("train", "valid", "test")}
+        given = {path / f"{split}.txt": split for split in SPLITS}
         there = [file for file in given if file.is_file()]
         if there and len(there) < len(given):
             raise BadInput(f"`data` {path}: holds {there[0].name} but not all of train.txt, valid.txt and test.txt; "
@@ -253,7 +256,8 @@ def documents(table: Iterable[tuple[str, Row]], recipe: Recipe) -> Iterator[Docu
         if named is None:
             check_name(owner, where)
         text = recipe.clean("\n".join(texts)).replace("\r\n", "\n")[:recipe.excerpt].encode(errors="replace").decode()
-        yield Document(named[str(owner)] if named else str(owner), text)
+        meant = str(row.get("split", "")) if named is None else ""
+        yield Document(named[str(owner)] if named else str(owner), text, meant if meant in SPLITS else "")
 
 
 # --- the paper's corpora ---------------------------------------------------------------------------------------------

@@ -227,14 +227,18 @@ def restore(server_state: dict, user_states: list[dict], server: Guard, users: l
     """Give server and users the state of a checkpoint."""
     server.load(server_state)
     for user, saved in zip(users, user_states, strict=True):
-        for name in KEPT:
-            setattr(user, name, saved[name])
-        restore_model(saved, user.model)
-        for name, parameter in user.model.own().items():
-            parameter.grad = saved["gradients"].get(name)  # what a leak has piled up
-        for level, own in ((user.lower, saved["lower"]), (user.upper, saved["upper"])):
-            if level:
-                level.load(own)
+        restore_user(user, saved)
+
+
+def restore_user(user: User, saved: dict) -> None:
+    for name in KEPT:
+        setattr(user, name, saved[name])
+    restore_model(saved, user.model)
+    for name, parameter in user.model.own().items():
+        parameter.grad = saved["gradients"].get(name)  # what a leak has piled up
+    for level, own in ((user.lower, saved["lower"]), (user.upper, saved["upper"])):
+        if level:
+            level.load(own)
 
 
 def newest(folder: Path, device: str = "cpu", clean: bool = False) -> dict | None:

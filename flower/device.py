@@ -1,0 +1,109 @@
+"""A device: one user, with its own text on its own disk. Flower starts a process of this for every message.
+
+    flower-supernode ... --node-config 'user="fr" text="text/fr.jsonl" state="fr.pt"'
+
+What must outlive a message, such as specialists, router, optimizers and generators, stands in the state's file, with
+the run and the round that it belongs to. What leaves the device is its generalists, its weight, and its lines of
+metrics.jsonl and result.json.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
+from flwr.app import Message as Envelope
+from flwr.clientapp import ClientApp
+
+import data
+from bilevel import Rhythm
+from federated import Message
+from model import GENERALIST
+from support.errors import BadInput
+from support.files import write
+from support.folder import restore_user, states
+from support.measuring import check_loss, counts_of, line_of, row_of, untrained
+from support.settings import Settings, flags, parsed
+from support.start import starting_point
+from train import build_largest, build_own
+
+
+def own(settings: Settings, number: int, text: str) -> Settings:
+    """The settings by which user `number` reads its text."""
+    several = {name: getattr(settings, name) for name, flag in flags(Settings).items() if flag.many}
+    return replace(settings, users=1, data=text, source=None, cache=settings.cache, **{
+        name: values and (values[number],) for name, values in several.items()})
+
+
+class Device:
+    """User `user` of a run: the one of `names` that is on this device. Raises BadInput."""
+
+    def __init__(self, settings: Settings, names: list[str], user: str, text: str, state: Path):
+        if user not in names:
+            raise BadInput(f"user {user}: not in this run; it has {', '.join(names)}")
+        self.settings, self.path, self.base = settings, state, starting_point(settings)
+        self.text, = data.load(own(settings, names.index(user), text), self.base.encoding)
+        if self.text.name != user:
+            raise BadInput(f"text {text}: is user {self.text.name}'s, not {user}'s; correct one of them")
+        self.common = build_largest(settings, self.base, "server")
+        self.user = build_own(settings, self.base, self.common, self.text, names.index(user))
+
+    def answer(self, run: str, number: int, given: Message) -> tuple[Message, dict]:
+        """Take θ^G, learn for a round, answer. A round that this run has had already isn't learned twice. In the round
+        after the last the final θ^G is tested instead."""
+        saved = torch.load(self.path, weights_only=True) if self.path.exists() else {}
+        if saved.get("run") == run:
+            restore_user(self.user, saved["user"])
+            if saved["round"] == number:
+                return self.generalists(), saved["told"]
+        else:
+            saved = {"lines": [], "loss": None} | self.begin()
+        told = {"weight": self.user.weight, "lines": saved["lines"]}
+        every, last = self.settings.eval_every, number > self.settings.rounds
+        if not last and number > 1 and (number - 1) % every == 0:  # how good the last round's average is
+            self.user.adopt(given)
+            told["lines"] = [*saved["lines"], self.line(number - 1, saved["loss"])]
+        self.user.receive(given)
+        if last:
+            return {}, told | {"lines": [*saved["lines"], self.line(number - 1, saved["loss"])], "counts": counts_of(
+                self.user), "row": row_of(self.settings, self.user, self.text, saved["before"])}
+        rhythm = Rhythm(self.settings.local_steps, self.settings.router_every, self.settings.router_steps)
+        loss = self.user.learn(rhythm)
+        check_loss(self.settings, self.user, loss)
+        answer = self.user.answer()
+        [user] = states([self.user])
+        write(self.path, lambda path: torch.save({"run": run, "round": number, "user": user, "told": told, "loss": loss,
+                                                  "before": saved["before"], "lines": []}, path))
+        return answer, told
+
+    def begin(self) -> dict:
+        """What a user's first message comes before: its models as they are without training."""
+        self.user.adopt(self.common.having(GENERALIST))
+        return {"before": untrained(self.settings, self.base, self.user, self.text), "lines": [self.line(0, None)]}
+
+    def line(self, number: int, loss: float | None) -> dict:
+        self.user.settle()
+        return line_of(self.settings, number, self.user, self.text, loss)
+
+    def generalists(self) -> Message:
+        return {name: parameter.detach().clone() for name, parameter in self.user.model.having(GENERALIST).items()}
+
+
+app = ClientApp()
+
+
+@app.query()
+def who(message: Envelope, context: Context) -> Envelope:
+    return Envelope(RecordDict({"told": ConfigRecord({"user": str(context.node_config["user"])})}), reply_to=message)
+
+
+@app.train()
+def learn(message: Envelope, context: Context) -> Envelope:
+    here, run, asked = context.node_config, context.run_config, message.content["asked"]
+    device = Device(parsed(str(run["flags"]).split()), str(run["users"]).split(","), str(here["user"]),
+                    str(here["text"]), Path(str(here["state"])))
+    given = message.content["generalists"].to_torch_state_dict()
+    answer, told = device.answer(asked["run"], asked["round"], given)
+    return Envelope(RecordDict({"generalists": ArrayRecord(answer), "told": ConfigRecord({"json": json.dumps(told)})}),
+                    reply_to=message)

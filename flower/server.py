@@ -1,0 +1,153 @@
+"""The server: it averages as train.py does, and goes on from its own checkpoint.
+
+    flwr run flower NAME --stream --run-config 'flags="--rounds 20" users="de,fr" out="out/server"'
+"""
+
+import json
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, MessageType, RecordDict
+from flwr.app import Message as Envelope
+from flwr.serverapp import Grid, ServerApp
+
+from federated import Message
+from methods import METHODS
+from model import GENERALIST
+from support.errors import BadInput
+from support.files import write, write_json, write_text
+from support.measuring import result_of, table
+from support.settings import Settings, parsed, plain
+from support.start import starting_point
+from train import build_largest, build_model, build_server, drawn
+
+Answers = dict[str, tuple[Message, dict]]  # by user: generalists, and what else it told
+
+
+@dataclass(frozen=True, eq=False)
+class Remote:
+    """What the server knows of a user."""
+
+    name: str
+    weight: float
+    shared: dict[str, torch.Size]
+
+
+def check(settings: Settings, names: list[str]) -> None:
+    """Raises BadInput."""
+    method = METHODS[settings.method]
+    for wrong, why in ((len(names) != settings.users or len(set(names)) < len(names),
+                        f"`users` {settings.users}: needs as many different names, not {','.join(names)}"),
+                       (method.pooled, f"`method` {settings.method}: needs everyone's text in one place"),
+                       (not method.server.bounded, f"`method` {settings.method}: isn't an average of updates"),
+                       (settings.target == "mixed", "`target` mixed: a device has its own text only"),
+                       (settings.drop_rate, f"`drop_rate` {settings.drop_rate}: real devices vanish by themselves")):
+        if wrong:
+            raise BadInput(f"{why}; leave it out, or use train.py")
+
+
+class Federation:
+    """A run's server. send: gives messages to users in a round, and returns the answers that came. Raises BadInput."""
+
+    def __init__(self, settings: Settings, names: list[str], out: Path,
+                 send: Callable[[str, int, dict[str, Message]], Answers]):
+        check(settings, names)
+        self.settings, self.names, self.out, self.send, self.began = settings, names, out, send, time.perf_counter()
+        base = starting_point(settings)
+        self.server = build_server(settings, build_largest(settings, base, "server"))
+        self.shared = {name: {key: parameter.shape for key, parameter in build_model(
+            settings, base, S, rank, name).having(GENERALIST).items()}
+            for name, S, rank in zip(names, settings.specialists, settings.lora_rank, strict=True)}
+        self.run, self.done, self.lines, self.path = secrets.token_hex(8), 0, [], out / "server.pt"
+        if self.path.exists():
+            saved = torch.load(self.path, weights_only=True)
+            if (saved["settings"], saved["names"]) != (plain(settings), names):
+                raise BadInput(f"`out` {out}: holds another run; take another folder")
+            self.server.load(saved["server"])
+            self.run, self.done, self.lines = saved["run"], saved["round"], saved["lines"]
+            self.began -= saved["seconds"]
+
+    def ask(self, number: int, names: list[str]) -> Answers:
+        answers = self.send(self.run, number, {name: self.server.give(self.shared[name]) for name in names})
+        self.lines += [line for name in names if name in answers for line in answers[name][1]["lines"]]
+        return answers
+
+    def play(self) -> dict:
+        """Play the rounds that are left; returns what result.json holds. A round with a single answer passes."""
+        for number in range(self.done + 1, self.settings.rounds + 1):
+            called = [self.names[i] for i in drawn(self.settings, number)[0]]
+            answers = self.ask(number, called)
+            if len(answers) >= min(2, len(self.names)):
+                self.server.take({Remote(name, answers[name][1]["weight"], self.shared[name]): answers[name][0]
+                                  for name in self.names if name in answers})  # in this order, whoever came first
+            print(f"round {number}: {len(answers)} of {len(called)} answered", flush=True)
+            self.save(number)
+        answers = self.ask(self.settings.rounds + 1, self.names)
+        told = [answers[name][1] for name in self.names if name in answers]
+        result = result_of(self.settings, [each["row"] for each in told], [each["counts"] for each in told],
+                           len(self.server.refused), time.perf_counter() - self.began)
+        write_text(self.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in sorted(
+            self.lines, key=lambda line: (line["round"], self.names.index(line["user"])))))
+        write_json(self.out / "result.json", result)
+        return result
+
+    def save(self, number: int) -> None:
+        state = {"settings": plain(self.settings), "names": self.names, "run": self.run, "round": number,
+                 "server": self.server.state(), "lines": self.lines, "seconds": time.perf_counter() - self.began}
+        write(self.path, lambda path: torch.save(state, path))
+
+
+class Nodes:
+    """Users by way of Flower: a node says whose it is, and one that comes back is asked again."""
+
+    def __init__(self, grid: Grid, patience: float, pause: float = 3.0):
+        self.grid, self.patience, self.pause, self.owner = grid, patience, pause, {}  # owner: node -> user
+
+    def greet(self, nodes: set[int]) -> None:
+        """Ask nodes whose they are. Of two with one name the first counts."""
+        questions = [Envelope(RecordDict(), node, MessageType.QUERY) for node in nodes]
+        for reply in self.grid.send_and_receive(questions, timeout=self.patience) if questions else ():
+            if not reply.has_error():
+                node, name = reply.metadata.src_node_id, reply.content["told"]["user"]
+                if name in self.owner.values():
+                    print(f"node {node} says that it is {name}, who is here already: ignored", flush=True)
+                    name = ""
+                self.owner[node] = name
+
+    def send(self, run: str, number: int, messages: dict[str, Message]) -> Answers:
+        answers, asked, until = {}, {}, time.monotonic() + self.patience  # asked: message -> user
+        while len(answers) < len(messages) and time.monotonic() < until:
+            there = set(self.grid.get_node_ids())
+            self.owner = {node: name for node, name in self.owner.items() if node in there}
+            self.greet(there - self.owner.keys())
+            waiting = {node: name for node, name in self.owner.items()
+                       if name in messages.keys() - answers.keys() - set(asked.values())}
+            letters = [Envelope(RecordDict({"generalists": ArrayRecord(messages[name]), "asked": ConfigRecord(
+                {"run": run, "round": number})}), node, MessageType.TRAIN, group_id=str(number))
+                for node, name in waiting.items()]
+            asked |= dict(zip(self.grid.push_messages(letters), waiting.values(), strict=True)) if letters else {}
+            for reply in self.grid.pull_messages(list(asked)):
+                name = asked.pop(reply.metadata.reply_to_message_id)
+                if reply.has_error():
+                    print(f"round {number}, user {name}: {reply.error.reason}", flush=True)
+                    self.owner.pop(reply.metadata.src_node_id, None)  # it may come back as another node
+                else:
+                    answers[name] = (dict(reply.content["generalists"].to_torch_state_dict()),
+                                     json.loads(reply.content["told"]["json"]))
+            time.sleep(self.pause)
+        return answers
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    run = context.run_config
+    settings, names = parsed(str(run["flags"]).split()), str(run["users"]).split(",")
+    out = Path(str(run["out"]))
+    print(table(Federation(settings, names, out, Nodes(grid, float(run["patience"])).send).play(), out), flush=True)

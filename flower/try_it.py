@@ -1,0 +1,121 @@
+"""The whole federation on one machine: a SuperLink, and a SuperNode with a folder of its own for each user.
+
+    pip install -r flower/requirements.txt
+    python -m flower.try_it --users 2 --rounds 3 --out out/flower
+
+Takes any flag of train.py, deals its text out to the nodes, and comes to the same figures, bit for bit.
+"""
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from data import SPLITS, dealt
+from support.errors import BadInput
+from support.files import write_text
+from support.folder import settings_of
+from support.settings import Settings, status_of
+from support.start import starting_point
+
+HERE = Path(__file__).parent
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def wait_for(port: int, process: subprocess.Popen) -> None:
+    """Until something listens there, or the process that was to do so has ended."""
+    with socket.socket() as probe:
+        while process.poll() is None and probe.connect_ex(("127.0.0.1", port)):
+            time.sleep(0.5)
+
+
+def deal_out(settings: Settings, out: Path) -> list[str]:
+    """Write each user's text to a folder of its own, as JSON lines. Returns the users' names. Raises BadInput."""
+    users = dealt(settings, starting_point(settings).encoding)
+    for name, documents in users.items():
+        lines = [{"user": name, "split": split, "text": text} for split in SPLITS for text in documents[split]]
+        write_text(out / name / "text.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    return list(users)
+
+
+class Processes:
+    """Processes that end when the block ends, and so does all that they started."""
+
+    def __init__(self, out: Path):
+        self.out, self.started = out, []
+
+    def start(self, name: str, command: str, **environment: str) -> subprocess.Popen:
+        root = str(HERE.parent)
+        log = open(self.out / f"{name}.log", "w")  # noqa: SIM115, the process holds it
+        program, *rest = shlex.split(command)
+        process = subprocess.Popen(
+            [Path(sys.executable).parent / program, *rest], stdout=log, stderr=subprocess.STDOUT,
+            start_new_session=True, env=os.environ | QUIET | {"PYTHONPATH": root, "FLWR_HOME": str(self.out / name / "home")} | environment)
+        self.started.append(process)
+        return process
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for kind in (signal.SIGTERM, signal.SIGKILL):
+            for process in self.started:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, kind)  # each leads a group, in which what it starts is, too
+            time.sleep(1)
+        for process in self.started:
+            process.wait()
+
+
+def try_it(settings: Settings, arguments: list[str]) -> None:
+    """Raises BadInput."""
+    out = Path(settings.out or "out/flower").resolve()
+    if out.exists() and any(out.iterdir()):
+        raise BadInput(f"`out` {out}: isn't empty; take another folder")
+    names = deal_out(settings, out)
+    link, *own = free_ports(1 + len(names))
+    home, address = out / "run" / "home", f"127.0.0.1:{link}"
+    write_text(home / "config.toml", f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "{address}"\n'
+                                     "insecure = true\n")
+    with Processes(out) as processes:
+        superlink = processes.start("superlink", f"flower-superlink --insecure --host 127.0.0.1 --port {link} "
+                                                 "--disable-runtime-dependency-installation")
+        wait_for(link, superlink)
+        for name, port in zip(names, own, strict=True):
+            where = f'user="{name}" text="{out / name / "text.jsonl"}" state="{out / name / "state.pt"}"'
+            processes.start(name, f"flower-supernode --insecure --superlink {address} --port {port} "
+                                  f"--node-config {shlex.quote(where)}")
+        given = f'flags={json.dumps(shlex.join(arguments))} users="{",".join(names)}" out="{out / "server"}"'
+        run = processes.start("run", f"flwr run {HERE} here --stream --run-config {shlex.quote(given)}")
+        shown = 0
+        while run.poll() is None or shown < (out / "run.log").stat().st_size:
+            with open(out / "run.log", encoding="utf-8", errors="replace") as log:
+                log.seek(shown)
+                print(log.read(), end="", flush=True)
+                shown = log.tell()
+            time.sleep(1)
+    if not (out / "server" / "result.json").exists():
+        raise BadInput(f"`out` {out}: the run has no result; its logs are there")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return status_of("flower.try_it", lambda: try_it(settings_of(arguments), arguments), "its logs are kept")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
