@@ -4,7 +4,8 @@
     python compare.py --methods local,fedavg,comigs --rates 2e-3,6e-3,2e-2 --plot
 
 A run that is already in the folder, with the same settings, isn't run again, and one that was cut off is continued, so
-this can be stopped and started again. (If the base's file has been replaced, give another --out.)
+this can be stopped and started again. (Where text or a base has been replaced under
+the same name, give another --out.)
 """
 
 import math
@@ -18,8 +19,8 @@ from methods import METHODS
 from support import plots
 from support.errors import BadInput, Diverged
 from support.files import read_json
-from support.folder import code, json_of
-from support.settings import HYPER, Settings, as_flags, check, given_in, parsed, plain, setting, status_of
+from support.folder import code, doubts, json_of
+from support.settings import HYPER, Settings, as_flags, check, given_in, parsed, plain, setting, status_of, swept_by
 from support.tables import caption, markdown, summarize, table, write_all
 from train import Run
 
@@ -40,11 +41,12 @@ class Comparison:
 
     def __post_init__(self):
         check(self)
+        self.swept = swept_by(self.sweep)  # a hyper-parameter, and its values
 
 
 @dataclass
 class OfMethods(Comparison):
-    """Several methods side by side. All other flags are train.py's. Raises BadInput."""
+    """Several methods side by side; all flags of train.py are flags of this, too. Raises BadInput."""
 
     methods: tuple[str, ...] = setting(("comigs", "local", "fedavg", "centralized"), "the rows of the table",
                                        many=True, choices=METHODS)
@@ -73,11 +75,11 @@ def finished(settings: Settings, anew: bool, bar: tqdm) -> Path:
 def choices(row: Settings, comparison: Comparison) -> dict[str, Settings]:
     """What a row may choose from, by name: "0.002", or "0.002 mu=0.1"."""
     rates = [replace(row, lr=rate) for rate in comparison.rates or (row.lr,)]
-    name, _, values = (comparison.sweep or "").partition("=")
+    name, values = comparison.swept
     if name not in row.hyper:
         return {str(each.lr): each for each in rates}
     return {f"{each.lr} {name}={value}": replace(each, set=",".join(filter(None, [each.set, f"{name}={value}"])))
-            for each in rates for value in values.split(",")}
+            for each in rates for value in values}
 
 
 def play(rows: Rows, comparison: Comparison) -> tuple[dict[str, list[Path]], dict[str, dict[str, float]]]:
@@ -114,13 +116,12 @@ def compare(rows: Rows, comparison: Comparison) -> None:
     if (comparison.rates or comparison.sweep) and any(row.experts_see == "both" for row in rows.values()):
         raise BadInput("`rates`, `sweep`: can't be judged by validation text that experts learn from; leave "
                        "`experts_see` out")
-    if comparison.sweep and not any(comparison.sweep.partition("=")[0] in row.hyper for row in rows.values()):
+    if comparison.sweep and not any(comparison.swept[0] in row.hyper for row in rows.values()):
         raise BadInput(f"`sweep` {comparison.sweep}: no row has such a hyper-parameter; there are {HYPER}")
     folders, tried = play(rows, comparison)
-    summaries, made_by = {}, [json_of(run / "config.json").get("code") for runs in folders.values() for run in runs]
-    if others := len(made_by) - made_by.count(code()):
-        print(f"{others} of these {len(made_by)} runs are the work of other code; --anew makes them again",
-              file=sys.stderr)
+    summaries, configs = {}, [json_of(run / "config.json") for runs in folders.values() for run in runs]
+    for doubt in doubts(configs):
+        print(doubt, file=sys.stderr)
     for label, runs in folders.items():
         few = f" ({len(runs)} of {comparison.seeds} seeds)" if len(runs) < comparison.seeds else ""
         if runs:

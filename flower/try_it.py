@@ -58,13 +58,13 @@ class Processes:
     def __init__(self, out: Path):
         self.out, self.started = out, []
 
-    def start(self, name: str, command: str, **environment: str) -> subprocess.Popen:
-        root = str(HERE.parent)
+    def start(self, name: str, command: str) -> subprocess.Popen:
         log = open(self.out / f"{name}.log", "w")  # noqa: SIM115, the process holds it
         program, *rest = shlex.split(command)
         process = subprocess.Popen(
             [Path(sys.executable).parent / program, *rest], stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True, env=os.environ | QUIET | {"PYTHONPATH": root, "FLWR_HOME": str(self.out / name / "home")} | environment)
+            start_new_session=True,
+            env=os.environ | QUIET | {"PYTHONPATH": str(HERE.parent), "FLWR_HOME": str(self.out / name / "home")})
         self.started.append(process)
         return process
 

@@ -31,7 +31,7 @@ from support.errors import BadInput
 from support.files import read_json, write, write_json, write_text
 from support.guard import Guard
 from support.pretrained import Base
-from support.settings import NO_MEMORY, Settings, given_in, plain, refuse, refuse_rest
+from support.settings import GROUPS, NO_MEMORY, Settings, given_in, plain, refuse, refuse_rest
 
 try:
     import fcntl
@@ -58,6 +58,19 @@ def code() -> str:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             del node.body[0]
     return hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()[:16]
+
+
+def doubts(configs: list[dict]) -> list[str]:
+    """Why runs that are kept may not belong into one table with each other and with this code."""
+    others = sum(config.get("code") != code() for config in configs)
+    read = {}  # what the settings say of text and base -> what it was
+    for config in configs:
+        named = [config["settings"][name] for name in (*GROUPS["text"].split(), "users", "init_from", "block_size")]
+        read.setdefault(str(named), set()).add(str([config["texts"], config["base"]]))
+    return [line for line, wrong in {
+        f"{others} of these {len(configs)} runs are the work of other code; --anew makes them again": others,
+        "some of these runs read other text, or had another base, than the rest; take another --out":
+            any(len(each) > 1 for each in read.values())}.items() if wrong]
 
 
 def reference(start: Base) -> dict:

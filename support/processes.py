@@ -22,12 +22,12 @@ PATIENCE = timedelta(days=1)  # with a process that is slower; one that has died
 
 def join(settings: Settings) -> None:
     """Meet the other processes, if there are any, each on a GPU of its own where there are some. Raises BadInput."""
-    together, method = int(os.environ.get("WORLD_SIZE", 1)), METHODS[settings.method]
+    together, method = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1, METHODS[settings.method]
     for wrong, name, why in (
         (together > settings.users, "users", f"too few for {together} processes"),
         (together > 1 and method.pooled, "method", "one model, which processes can't share"),
-        (together > 1 and method.server is not Server, "method", "processes exchange sums, and its server needs each "
-                                                                 "answer by itself"),
+        (together > 1 and method.server is not Server, "method", "has a server of its own, and processes exchange "
+                                                                 "only sums"),
     ):
         if wrong:
             refuse(name, getattr(settings, name), why, "take fewer processes")

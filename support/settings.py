@@ -245,9 +245,25 @@ def values_of(text: str | None) -> dict[str, float]:
     """values_of("lambda=0.1,gamma=0.9") -> {"lambda": 0.1, "gamma": 0.9}. Raises BadInput."""
     try:
         pairs = [part.split("=") for part in text.split(",")] if text else []
-        return {name: float(number) for name, number in pairs}
+        return {name.strip(): finite(number) for name, number in pairs}
     except ValueError:
         refuse("set", text, "not names and numbers", "write it as lambda=0.1,gamma=0.9")
+
+
+def swept_by(text: str | None) -> tuple[str, list[float]]:
+    """swept_by("lambda=0.01,0.1") -> ("lambda", [0.01, 0.1]). Raises BadInput."""
+    name, _, numbers = (text or "").partition("=")
+    try:
+        return name.strip(), list(dict.fromkeys(map(finite, numbers.split(",")))) if text else []
+    except ValueError:
+        refuse("sweep", text, "not a name and numbers", "write it as lambda=0.01,0.1")
+
+
+def finite(text: str) -> float:
+    """Raises ValueError."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError
+    return number
 
 
 def plain(settings) -> dict:

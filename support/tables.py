@@ -61,7 +61,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 def latex(rows: list[list[str]], caption: str) -> str:
     def line(row: list[str]) -> str:
-        return " & ".join(re.sub(r"([%&_#])", r"\\\1", cell).replace("±", r"$\pm$") for cell in row) + r" \\"
+        return " & ".join(re.sub(r"([%&_#${}])", r"\\\1", cell).replace("±", r"$\pm$") for cell in row) + r" \\"
     return "\n".join([r"\begin{table}", rf"\caption{{{line([caption])[:-3]}}}",
                       rf"\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}", line(rows[0]), r"\hline",
                       *map(line, rows[1:]), r"\end{tabular}", r"\end{table}", ""])
@@ -94,14 +94,14 @@ COLUMNS = ("Perplexity on test text, each user's and their mean, ± the standard
 
 
 def caption(rows: list[dict], seeds: int) -> str:
-    """What is common to all rows of settings, and what the columns mean."""
+    """What is common to all rows of settings."""
     def common(text: str, *names: str) -> str:
         values = [{str(row[name]) for row in rows} for name in names]
         return text.format(*(each.pop() if len(each) == 1 else "differing" for each in values))
     return " ".join([
         common("Text: {}, target: {}. Base: {}, experts: {}.", "data", "target", "init_from", "expert"),
         common("{} users, {} rounds of {} steps of {} × {} tokens;", "users", "rounds", "local_steps", "batch_size",
-               "block_size"), f"{seeds} seed{'s' * (seeds > 1)}.", COLUMNS])
+               "block_size"), f"{seeds} seed{'s' * (seeds > 1)}."])
 
 
 def as_csv(records: Callable[[Path], Iterable[dict]], folders: dict[str, list[Path]], caption: str) -> str:
@@ -118,7 +118,8 @@ def by_user(folder: Path) -> Iterable[dict]:
     """What each user of a run came to."""
     for user in read(folder)["users"]:
         yield {"user": user["name"], **{name: user[name] for name in (
-            "specialists", "test_ppl_start", "valid_ppl", "test_ppl", "test_bpb", "trigram_ppl")}, **user["parameters"]}
+            "specialists", "test_ppl_start", "valid_ppl", "test_ppl", "test_bpb", "trigram_ppl")},
+            **{f"{role}_parameters": count for role, count in user["parameters"].items()}}
 
 
 def by_round(folder: Path) -> Iterable[dict]:
@@ -130,10 +131,10 @@ def by_round(folder: Path) -> Iterable[dict]:
 def write_all(out: Path, summaries: dict[str, dict], folders: dict[str, list[Path]], caption: str) -> None:
     """table.md, .tex and .json; and figures by seed and user: table.csv, the ends, and curves.csv, the way."""
     cells = table(summaries)
-    write_text(out / "table.md", f"{markdown(cells)}\n\n{caption}\n\n{curves(summaries)}\n")
-    write_text(out / "table.tex", latex(cells, caption))
-    write_text(out / "table.csv", as_csv(by_user, folders, caption))
-    write_text(out / "curves.csv", as_csv(by_round, folders, caption))
+    write_text(out / "table.md", f"{markdown(cells)}\n\n{caption} {COLUMNS}\n\n{curves(summaries)}\n")
+    write_text(out / "table.tex", latex(cells, f"{caption} {COLUMNS}"))
+    write_text(out / "table.csv", as_csv(by_user, folders, f"{caption} ppl: perplexity. bpb: bits per byte."))
+    write_text(out / "curves.csv", as_csv(by_round, folders, f"{caption} Losses in nats; bytes so far."))
     write_json(out / "table.json", summaries)
 
 

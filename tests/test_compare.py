@@ -70,6 +70,14 @@ def test_a_run_of_other_code_is_kept_with_a_word_or_made_anew(compared, monkeypa
     assert "code" not in capsys.readouterr().err
 
 
+def test_a_run_that_read_other_text_under_the_same_name_is_told(compared, corpus, capsys):
+    assert compared("--methods comigs") == 0
+    (Path(corpus) / "anna.txt").write_text("another text " * 300)
+    capsys.readouterr()
+    assert compared("--methods comigs,local") == 0
+    assert "some of these runs read other text" in capsys.readouterr().err
+
+
 def test_the_digest_of_the_code_is_of_what_it_does(tmp_path, monkeypatch):
     def digest(source: str) -> str:
         for name in folder.DECIDING:
@@ -143,7 +151,8 @@ def test_a_plot_is_a_picture(compared):
 
 @pytest.mark.parametrize("wrong", [
     "--methods comigs,,local", "--seeds 0", "--rates 1e-3,x", "--nonsense 1", "--resume", "--rounds 0", "--method a",
-    "--method=fedavg", "--rates 1e-3 --experts-see both", "--plot"])  # --plot without matplotlib
+    "--method=fedavg", "--rates 1e-3 --experts-see both", "--plot", "--sweep mu=1",
+    "--sweep mu", "--sweep mu=1,", "--set mu=nan"])  # --plot without matplotlib
 def test_bad_input_is_one_line_before_anything_is_run(wrong, compared, monkeypatch, capsys):
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
     line = refusal(capsys, wrong, compared)

@@ -114,5 +114,5 @@ def test_the_guides_fedprox_is_comigs_without_its_weight_which_is_chosen_by_vali
     compare.compare({name: parsed([*flags, "--method", name]) for name in ("comigs", "fedprox")}, comparison)
     rows = json.loads(Path("out/table.json").read_text())
     comigs, fedprox = (rows[name]["valid_ppl_by_choice"] for name in ("comigs", "fedprox"))
-    assert fedprox["0.01 mu=0"] == comigs["0.01"] != fedprox["0.01 mu=10"]
+    assert fedprox["0.01 mu=0.0"] == comigs["0.01"] != fedprox["0.01 mu=10.0"]
     assert rows["fedprox"]["choice"] == min(fedprox, key=fedprox.get)

@@ -108,7 +108,8 @@ def test_where_methods_fall_together(one, two, config, equal):
         users = [lora_user(method, **{"seed": seed} | config) for seed in (0, 1)]
         for user in users:
             user.model.load_state_dict(lora_user(two, **config).model.state_dict(), strict=False)
-        users[1].adopt(play(METHODS[method].server(users[0].answer()), users).give(users[1].shared))
+        server = METHODS[method].server(users[0].answer(), METHODS[method].hyper)
+        users[1].adopt(play(server, users).give(users[1].shared))
         ends.append(users[1].model.having(GENERALIST))
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.allclose(p, ends[1][name]) for name, p in ends[0].items()) == equal
@@ -128,7 +129,7 @@ def test_whatever_the_method_only_its_generalists_cross_and_its_backbone_keeps_i
     """`play` watches everything that goes either way."""
     users = [lora_user(method, seed) for seed in range(3)]
     before = [bits(user, BACKBONE) for user in users]
-    play(Guard(METHODS[method].server(users[0].model.having(GENERALIST))), users)
+    play(Guard(METHODS[method].server(users[0].model.having(GENERALIST), METHODS[method].hyper)), users)
     assert all(same(backbone, user.model.having(BACKBONE)) for user, backbone in zip(users, before, strict=True))
 
 
@@ -136,7 +137,7 @@ def test_whatever_the_method_only_its_generalists_cross_and_its_backbone_keeps_i
 def test_what_each_method_sends_and_that_all_its_bytes_are_counted(method):
     """In FFA-LoRA, A is backbone, too."""
     users, (factors, both) = [lora_user(method, seed) for seed in range(3)], SENT[method]
-    play(Guard(METHODS[method].server(users[0].model.having(GENERALIST))), users)
+    play(Guard(METHODS[method].server(users[0].model.having(GENERALIST), METHODS[method].hyper)), users)
     for user in users:
         assert {name.rpartition(".")[2] for name in user.shared} == factors
         assert any(".changes.1." in name for name in user.shared) == both  # the specialist of the paper's model

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import data
 import train
-from methods import METHODS
+from methods import METHODS, OWN
 from model import BACKBONE, GPT, ROUTER, SPECIALIST, GPTConfig
 from support import folder, measuring, page, pretrained, settings
 from support.settings import Settings, as_flags, parsed, status_of
@@ -152,7 +152,7 @@ def test_every_method_runs_with_the_parameters_and_the_batches_of_the_others(met
             assert (user["parameters"]["router"] > 0) == taught
             assert user["test_ppl_start"] != user["test_ppl"] < math.inf
         assert result["tokens_seen"] == 3 * (4 + 2 * taught) * 2 * 8
-        assert (result["bytes_up"] == 0) == (method in ("local", "centralized", "comigs-2s"))
+        assert (result["bytes_up"] == 0) == (row.roles == OWN)
 
 
 @pytest.mark.parametrize(("flags", "lower", "upper", "steps"), [
