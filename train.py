@@ -107,6 +107,10 @@ def build(settings: Settings, start: Base, texts: list[Text]) -> tuple[Guard, li
                     for number, text in processes.own(list(enumerate(texts)))]
 
 
+def rhythm_of(settings: Settings) -> Rhythm:
+    return Rhythm(settings.local_steps, settings.router_every, settings.router_steps)
+
+
 def drawn(settings: Settings, number: int) -> tuple[list[int], list[int]]:
     """Which users are called in a round, and which of them vanish before they answer."""
     generator = data.seeded(settings.seed, "called", number)
@@ -144,8 +148,7 @@ class Run:
     def play(self, bar: tqdm, stop: Callable[[], bool] = lambda: False) -> dict:
         """Play the rounds; returns what result.json holds. Moves the bar by `users` a round. If it is to stop, it ends
         after a round, with a checkpoint, and raises KeyboardInterrupt."""
-        settings = self.settings
-        rhythm = Rhythm(settings.local_steps, settings.router_every, settings.router_steps)
+        settings, rhythm = self.settings, rhythm_of(self.settings)
         bar.update(self.done * settings.users)
         if self.before is None:
             bar.set_description("measuring the untrained models")

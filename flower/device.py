@@ -17,8 +17,7 @@ from flwr.app import Message as Envelope
 from flwr.clientapp import ClientApp
 
 import data
-from bilevel import Rhythm
-from federated import Message
+from federated import Message, size_of
 from model import GENERALIST
 from support.errors import BadInput
 from support.files import write
@@ -26,7 +25,7 @@ from support.folder import restore_user, states
 from support.measuring import check_loss, counts_of, line_of, row_of, untrained
 from support.settings import Settings, flags, parsed
 from support.start import starting_point
-from train import build_largest, build_own
+from train import build_largest, build_own, rhythm_of
 
 
 def own(settings: Settings, number: int, text: str) -> Settings:
@@ -50,44 +49,48 @@ class Device:
         self.user = build_own(settings, self.base, self.common, self.text, names.index(user))
 
     def answer(self, run: str, number: int, given: Message) -> tuple[Message, dict]:
-        """Take θ^G, learn for a round, answer. A round that this run has had already isn't learned twice. In the round
-        after the last the final θ^G is tested instead."""
+        """Take θ^G, learn for a round, and answer. In the round after the last θ^G is tested instead. A round that this
+        device has had already isn't played twice: it gives the same answer again."""
         saved = torch.load(self.path, weights_only=True) if self.path.exists() else {}
-        if saved.get("run") == run:
+        if saved.get("run") != run:
+            saved = self.begin()
+        else:
             restore_user(self.user, saved["user"])
             if saved["round"] == number:
-                return self.generalists(), saved["told"]
-        else:
-            saved = {"lines": [], "loss": None} | self.begin()
+                return self.holding(number), saved["told"]
+        settings, last, loss = self.settings, number > self.settings.rounds, None
+        before = saved["loss"] if saved["round"] == number - 1 else None  # None, where it wasn't called
         told = {"weight": self.user.weight, "lines": saved["lines"]}
-        every, last = self.settings.eval_every, number > self.settings.rounds
-        if not last and number > 1 and (number - 1) % every == 0:  # how good the last round's average is
+        if not last and number > 1 and (number - 1) % settings.eval_every == 0:
             self.user.adopt(given)
-            told["lines"] = [*saved["lines"], self.line(number - 1, saved["loss"])]
+            told["lines"] = [*saved["lines"], self.line(number - 1, before)]  # of the average, which is new here
         self.user.receive(given)
         if last:
-            return {}, told | {"lines": [*saved["lines"], self.line(number - 1, saved["loss"])], "counts": counts_of(
-                self.user), "row": row_of(self.settings, self.user, self.text, saved["before"])}
-        rhythm = Rhythm(self.settings.local_steps, self.settings.router_every, self.settings.router_steps)
-        loss = self.user.learn(rhythm)
-        check_loss(self.settings, self.user, loss)
-        answer = self.user.answer()
-        [user] = states([self.user])
-        write(self.path, lambda path: torch.save({"run": run, "round": number, "user": user, "told": told, "loss": loss,
-                                                  "before": saved["before"], "lines": []}, path))
-        return answer, told
+            told["lines"] = [*saved["lines"], self.line(number - 1, before)]
+            told |= {"counts": counts_of(self.user), "row": row_of(settings, self.user, self.text, saved["start"])}
+        else:
+            loss = self.user.learn(rhythm_of(settings))
+            check_loss(settings, self.user, loss)
+            self.user.bytes_up += size_of(self.holding(number))
+        state = {"run": run, "round": number, "user": states([self.user])[0], "told": told, "loss": loss,
+                 "start": saved["start"], "lines": []}
+        write(self.path, lambda path: torch.save(state, path))
+        return self.holding(number), told
+
+    def holding(self, number: int) -> Message:
+        """What a round's answer is: generalists, or nothing once all rounds are over."""
+        over = number > self.settings.rounds
+        return {} if over else {name: p.detach().clone() for name, p in self.user.model.having(GENERALIST).items()}
 
     def begin(self) -> dict:
         """What a user's first message comes before: its models as they are without training."""
         self.user.adopt(self.common.having(GENERALIST))
-        return {"before": untrained(self.settings, self.base, self.user, self.text), "lines": [self.line(0, None)]}
+        start = untrained(self.settings, self.base, self.user, self.text)
+        return {"round": 0, "loss": None, "start": start, "lines": [self.line(0, None)]}
 
     def line(self, number: int, loss: float | None) -> dict:
         self.user.settle()
         return line_of(self.settings, number, self.user, self.text, loss)
-
-    def generalists(self) -> Message:
-        return {name: parameter.detach().clone() for name, parameter in self.user.model.having(GENERALIST).items()}
 
 
 app = ClientApp()

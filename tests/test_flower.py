@@ -1,0 +1,148 @@
+"""Over Flower a run comes to the bits of train.py, whatever vanishes on the way, and only what may cross does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from support.errors import BadInput
+from support.folder import settings_of
+from test_train import NAMES, command, same, state
+
+pytest.importorskip("flwr", reason="flwr isn't installed: pip install -r flower/requirements.txt")
+from flower import device, server, try_it
+
+ROOT = Path(__file__).parent.parent
+FLAGS = "--specialists 1,2,4 --rounds 4 --average tokens --participation 0.7 --eval-every 2 --lr 1e-2"
+
+
+class Network:
+    """Devices in this process, a new object for every message. Keeps what they told."""
+
+    def __init__(self, flags: str = FLAGS, out: str = "flower"):
+        self.settings, self.told, self.out = settings_of(command(flags, "unused")), [], Path(out)
+        try_it.deal_out(self.settings, self.out)
+        self.absent = lambda name, number: False
+
+    def device(self, name: str, **more) -> device.Device:
+        text, state = str(self.out / name / "text.jsonl"), self.out / name / "state.pt"
+        return device.Device(self.settings, list(NAMES), more.get("user", name), text, state)
+
+    def send(self, run: str, number: int, messages: dict) -> dict:
+        answers = {}
+        for name in reversed(messages):  # in another order than they are averaged
+            if not self.absent(name, number):
+                answers[name] = self.device(name).answer(run, number, messages[name])
+                self.told.append(answers[name][1])
+        return answers
+
+    def federation(self) -> server.Federation:
+        return server.Federation(self.settings, list(NAMES), self.out / "server", self.send)
+
+
+@pytest.fixture(autouse=True)
+def _text(corpus):
+    pass
+
+
+def assert_as_train(network: Network, flags: str = FLAGS) -> None:
+    """All figures, the server's generalists, and everything of every user."""
+    if not Path("plain").exists():
+        assert train.main(command(flags, "plain")) == 0
+    mine, theirs = (json.loads(Path(path, "result.json").read_text()) for path in (network.out / "server", "plain"))
+    assert mine | {"seconds": 0} == theirs | {"seconds": 0}
+    lines, whole = (Path(path, "metrics.jsonl").read_text().splitlines() for path in (network.out / "server", "plain"))
+    assert set(lines) <= set(whole)  # who isn't called isn't looked at
+    saved = state("plain")
+    assert same(torch.load(network.out / "server" / "server.pt", weights_only=True)["server"], saved["server"])
+    for user in saved["users"]:
+        assert same(torch.load(network.out / user["name"] / "state.pt", weights_only=True)["user"], user)
+
+
+def test_a_run_over_messages_comes_to_the_same_bits_and_only_what_may_cross_does():
+    network = Network()
+    network.federation().play()
+    assert_as_train(network)
+    columns = json.loads(Path("plain/metrics.jsonl").read_text().splitlines()[0]).keys()
+    row = json.loads(Path("plain/result.json").read_text())["users"][0].keys()
+    for told in network.told:
+        assert told.keys() - {"row", "counts"} == {"weight", "lines"}
+        assert all(line.keys() == columns for line in told["lines"])
+        assert told.get("row", dict.fromkeys(row)).keys() == row
+        assert set(told.get("counts", ())) <= {"tokens_seen", "bytes_up", "bytes_down"}
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", [1, 3, 5, 7])
+def test_killed_at_any_moment_both_sides_go_on_bit_for_bit(moment, monkeypatch):
+    """The server dies when a state has just been written, the device's or its own; then it asks again."""
+    network, writes = Network(), []
+
+    def deadly(path, save, work=device.write):
+        work(path, save)
+        writes.append(path)
+        if len(writes) == moment:
+            raise Killed
+    for side in (device, server):
+        monkeypatch.setattr(side, "write", deadly)
+    with pytest.raises(Killed):
+        network.federation().play()
+    network.federation().play()
+    assert_as_train(network)
+
+
+def test_a_round_with_one_answer_passes_and_one_that_isnt_finite_is_refused():
+    network = Network("--specialists 1 --rounds 2")
+    run = network.federation()
+    before = {name: tensor.clone() for name, tensor in run.server.generalists.items()}
+    network.absent = lambda name, number: name != "anna"
+    run.save = lambda number: (same(before, run.server.generalists) or pytest.fail("averaged"))
+    run.play()
+    network, send = Network("--specialists 1 --rounds 1", "other"), Network.send
+
+    def poisoned(run: str, number: int, messages: dict) -> dict:
+        answers = send(network, run, number, messages)
+        for tensor in answers["bert"][0].values():
+            tensor.fill_(torch.nan)
+        return answers
+    network.send = poisoned
+    assert network.federation().play()["refused"] == 1
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ("--method centralized --specialists 1", "`method` centralized: .*one place"),
+    ("--method pcl --specialists 1", "`method` pcl: isn't an average"),
+    ("--target mixed", "`target` mixed"), ("--drop-rate 0.1", "`drop_rate`")])
+def test_what_doesnt_fit_is_refused(flags, message):
+    with pytest.raises(BadInput, match=message):
+        Network(flags).federation()
+
+
+def test_a_device_is_one_user_of_the_run_with_that_users_text():
+    network = Network()
+    for user, message in (("zoe", "not in this run"), ("bert", "is user anna's, not bert's")):
+        with pytest.raises(BadInput, match=message):
+            network.device("anna", user=user)
+    network.federation().play()
+    network.settings = settings_of(command(f"{FLAGS} --seed 1", "unused"))
+    with pytest.raises(BadInput, match="holds another run"):
+        network.federation()
+
+
+def test_the_whole_of_it_on_this_machine_leaves_nothing_behind():
+    flags = command("--users 2 --specialists 1 --rounds 1", "flower")
+    done = subprocess.run([sys.executable, "-m", "flower.try_it", *flags], capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, check=True)
+    assert "round 1: 2 of 2 answered" in done.stdout
+    assert train.main(command("--users 2 --specialists 1 --rounds 1", "plain")) == 0
+    mine, theirs = (json.loads(Path(path, "result.json").read_text()) for path in ("flower/server", "plain"))
+    assert mine | {"seconds": 0} == theirs | {"seconds": 0}
+    assert str(Path("flower").resolve()) not in subprocess.run(["ps", "axww"], capture_output=True, text=True).stdout
