@@ -101,40 +101,41 @@ class Federation:
         write(self.path, lambda path: torch.save(state, path))
 
 
+AGAIN = 60.0  # seconds until a node that failed is asked again, and that a new one has to say whose it is
+
+
 class Nodes:
-    """Users by way of Flower: a node says whose it is, and one that comes back is asked again."""
+    """Users by way of Flower: a node says whose it is, and whoever comes back is asked again, as another node."""
 
     def __init__(self, grid: Grid, patience: float, pause: float = 3.0):
-        self.grid, self.patience, self.pause, self.owner = grid, patience, pause, {}  # owner: node -> user
+        self.grid, self.patience, self.pause = grid, patience, pause
+        self.owner, self.gone = {}, {}  # node -> user; nodes that failed -> when that was
 
-    def greet(self, nodes: set[int]) -> None:
-        """Ask nodes whose they are. Of two with one name the first counts."""
-        questions = [Envelope(RecordDict(), node, MessageType.QUERY) for node in nodes]
-        for reply in self.grid.send_and_receive(questions, timeout=self.patience) if questions else ():
-            if not reply.has_error():
-                node, name = reply.metadata.src_node_id, reply.content["told"]["user"]
-                if name in self.owner.values():
-                    print(f"node {node} says that it is {name}, who is here already: ignored", flush=True)
-                    name = ""
-                self.owner[node] = name
+    def greet(self) -> dict[str, int]:
+        """Each user's node, after asking new ones whose they are. Of two with one name the first counts."""
+        there = {node for node in self.grid.get_node_ids() if time.monotonic() - self.gone.get(node, -AGAIN) >= AGAIN}
+        new = [Envelope(RecordDict(), node, MessageType.QUERY) for node in there - self.owner.keys()]
+        told = self.grid.send_and_receive(new, timeout=AGAIN) if new else ()
+        self.owner = {node: name for node, name in self.owner.items() if node in there} | {
+            reply.metadata.src_node_id: reply.content["told"]["user"] for reply in told if not reply.has_error()}
+        return {name: node for node, name in reversed(self.owner.items())}
 
     def send(self, run: str, number: int, messages: dict[str, Message]) -> Answers:
+        """Raises nothing: whoever hasn't answered when patience ends has no part in the round."""
         answers, asked, until = {}, {}, time.monotonic() + self.patience  # asked: message -> user
         while len(answers) < len(messages) and time.monotonic() < until:
-            there = set(self.grid.get_node_ids())
-            self.owner = {node: name for node, name in self.owner.items() if node in there}
-            self.greet(there - self.owner.keys())
-            waiting = {node: name for node, name in self.owner.items()
-                       if name in messages.keys() - answers.keys() - set(asked.values())}
-            letters = [Envelope(RecordDict({"generalists": ArrayRecord(messages[name]), "asked": ConfigRecord(
-                {"run": run, "round": number})}), node, MessageType.TRAIN, group_id=str(number))
-                for node, name in waiting.items()]
-            asked |= dict(zip(self.grid.push_messages(letters), waiting.values(), strict=True)) if letters else {}
+            nodes = self.greet()
+            letters = {name: Envelope(
+                RecordDict({"generalists": ArrayRecord(messages[name]), "asked": ConfigRecord({
+                    "run": run, "round": number})}), nodes[name], MessageType.TRAIN, group_id=str(number))
+                for name in nodes.keys() & messages.keys() - answers.keys() - set(asked.values())}
+            if letters:
+                asked |= dict(zip(self.grid.push_messages(letters.values()), letters, strict=True))
             for reply in self.grid.pull_messages(list(asked)):
                 name = asked.pop(reply.metadata.reply_to_message_id)
                 if reply.has_error():
                     print(f"round {number}, user {name}: {reply.error.reason}", flush=True)
-                    self.owner.pop(reply.metadata.src_node_id, None)  # it may come back as another node
+                    self.gone[reply.metadata.src_node_id] = time.monotonic()
                 else:
                     answers[name] = (dict(reply.content["generalists"].to_torch_state_dict()),
                                      json.loads(reply.content["told"]["json"]))
