@@ -88,16 +88,22 @@ def try_it(settings: Settings, arguments: list[str]) -> None:
         raise BadInput(f"`out` {out}: isn't empty; take another folder")
     names = deal_out(settings, out)
     link, *own = free_ports(1 + len(names))
-    home, address = out / "run" / "home", f"127.0.0.1:{link}"
-    write_text(home / "config.toml", f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "{address}"\n'
-                                     "insecure = true\n")
+    keys, address = out / "keys", f"127.0.0.1:{link}"
+    subprocess.run(["bash", HERE / "keys.sh", keys, "127.0.0.1", *names], check=True, capture_output=True)
+    write_text(out / "run" / "home" / "config.toml", "[superlink]\ndefault = \"here\"\n\n[superlink.here]\n"
+               f'address = "{address}"\nroot-certificates = "{keys / "ca.crt"}"\n')
     with Processes(out) as processes:
-        superlink = processes.start("superlink", f"flower-superlink --insecure --host 127.0.0.1 --port {link} "
+        superlink = processes.start("superlink", f"flower-superlink --host 127.0.0.1 --port {link} --ssl-ca-certfile "
+                                                 f"{keys}/ca.crt --ssl-certfile {keys}/server.pem --ssl-keyfile "
+                                                 f"{keys}/server.key --enable-supernode-auth "
                                                  "--disable-runtime-dependency-installation")
         wait_for(link, superlink)
+        for name in names:
+            processes.start("run", f"flwr supernode register {keys}/{name}.pub here --name {name}").wait()
         for name, port in zip(names, own, strict=True):
             where = f'user="{name}" text="{out / name / "text.jsonl"}" state="{out / name / "state.pt"}"'
-            processes.start(name, f"flower-supernode --insecure --superlink {address} --port {port} "
+            processes.start(name, f"flower-supernode --superlink {address} --root-certificates {keys}/ca.crt "
+                                  f"--auth-supernode-private-key {keys}/{name} --port {port} "
                                   f"--node-config {shlex.quote(where)}")
         given = f'flags={json.dumps(shlex.join(arguments))} users="{",".join(names)}" out="{out / "server"}"'
         run = processes.start("run", f"flwr run {HERE} here --stream --run-config {shlex.quote(given)}")
