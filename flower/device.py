@@ -1,13 +1,14 @@
 """A device: one user, with its own text on its own disk. Flower starts a process of this for every message.
 
-    flower-supernode ... --node-config 'user="fr" text="text/fr.jsonl" state="fr.pt"'
+    flower-supernode ... --node-config 'user="fr" text="text/fr.jsonl" state="states"'
 
-What must outlive a message, such as specialists, router, optimizers and generators, stands in the state's file, with
-the run and the round that it belongs to. What leaves the device is its generalists, its weight, and its lines of
-metrics.jsonl and result.json.
+What must outlive a message, such as specialists, router, optimizers and generators, is kept in a file for each run in
+the state's folder, with the round that it belongs to. What leaves the device is its generalists, its weight, its lines
+of metrics.jsonl and result.json, and, if it can't answer, why.
 """
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from train import build_largest, build_own, rhythm_of
 def own(settings: Settings, number: int, text: str) -> Settings:
     """The settings by which user `number` reads its text."""
     several = {name: getattr(settings, name) for name, flag in flags(Settings).items() if flag.many}
-    return replace(settings, users=1, data=text, source=None, cache=settings.cache, **{
+    return replace(settings, users=1, data=text, source=None, **{
         name: values and (values[number],) for name, values in several.items()})
 
 
@@ -41,7 +42,7 @@ class Device:
     def __init__(self, settings: Settings, names: list[str], user: str, text: str, state: Path):
         if user not in names:
             raise BadInput(f"user {user}: not in this run; it has {', '.join(names)}")
-        self.settings, self.path, self.base = settings, state, starting_point(settings)
+        self.settings, self.state, self.base = settings, state, starting_point(settings)
         self.text, = data.load(own(settings, names.index(user), text), self.base.encoding)
         if self.text.name != user:
             raise BadInput(f"text {text}: is user {self.text.name}'s, not {user}'s; correct one of them")
@@ -51,31 +52,36 @@ class Device:
     def answer(self, run: str, number: int, given: Message) -> tuple[Message, dict]:
         """Take θ^G, learn for a round, and answer. In the round after the last θ^G is tested instead. A round that this
         device has had already isn't played twice: it gives the same answer again."""
-        saved = torch.load(self.path, weights_only=True) if self.path.exists() else {}
-        if saved.get("run") != run:
-            saved = self.begin()
-        else:
+        path = self.state / f"{int(run, 16):016x}.pt"  # a number: no path of the server's choosing
+        if path.exists():
+            saved = torch.load(path, weights_only=True)
             restore_user(self.user, saved["user"])
-            if saved["round"] == number:
-                return self.holding(number), saved["told"]
-        settings, last, loss = self.settings, number > self.settings.rounds, None
+        else:
+            saved = self.begin()
+        if saved["round"] > number:
+            raise BadInput(f"round {number}: is over; this device has had round {saved['round']}")
+        if saved["round"] < number:
+            saved |= self.play(number, given, saved)
+            write(path, lambda temporary: torch.save(saved, temporary))
+        return self.holding(number), saved["told"]
+
+    def play(self, number: int, given: Message, saved: dict) -> dict:
+        """A round: what is new in the device's state. Lines are all there were, so that none is lost with an answer."""
+        settings, last, loss, lines = self.settings, number > self.settings.rounds, None, saved["told"]["lines"]
         before = saved["loss"] if saved["round"] == number - 1 else None  # None, where it wasn't called
-        told = {"weight": self.user.weight, "lines": saved["lines"]}
         if not last and number > 1 and (number - 1) % settings.eval_every == 0:
             self.user.adopt(given)
-            told["lines"] = [*saved["lines"], self.line(number - 1, before)]  # of the average, which is new here
+            lines = [*lines, self.line(number - 1, before)]  # of the average, which is new here
         self.user.receive(given)
         if last:
-            told["lines"] = [*saved["lines"], self.line(number - 1, before)]
-            told |= {"counts": counts_of(self.user), "row": row_of(settings, self.user, self.text, saved["start"])}
+            lines = [*lines, self.line(number - 1, before)]
+            more = {"counts": counts_of(self.user), "row": row_of(settings, self.user, self.text, saved["start"])}
         else:
-            loss = self.user.learn(rhythm_of(settings))
+            more, loss = {}, self.user.learn(rhythm_of(settings))
             check_loss(settings, self.user, loss)
             self.user.bytes_up += size_of(self.holding(number))
-        state = {"run": run, "round": number, "user": states([self.user])[0], "told": told, "loss": loss,
-                 "start": saved["start"], "lines": []}
-        write(self.path, lambda path: torch.save(state, path))
-        return self.holding(number), told
+        return {"round": number, "loss": loss, "user": states([self.user])[0],
+                "told": {"weight": self.user.weight, "lines": lines, **more}}
 
     def holding(self, number: int) -> Message:
         """What a round's answer is: generalists, or nothing once all rounds are over."""
@@ -86,7 +92,7 @@ class Device:
         """What a user's first message comes before: its models as they are without training."""
         self.user.adopt(self.common.having(GENERALIST))
         start = untrained(self.settings, self.base, self.user, self.text)
-        return {"round": 0, "loss": None, "start": start, "lines": [self.line(0, None)]}
+        return {"round": 0, "loss": None, "start": start, "told": {"lines": [self.line(0, None)]}}
 
     def line(self, number: int, loss: float | None) -> dict:
         self.user.settle()
@@ -104,7 +110,7 @@ def who(message: Envelope, context: Context) -> Envelope:
 @app.train()
 def learn(message: Envelope, context: Context) -> Envelope:
     here, run, asked = context.node_config, context.run_config, message.content["asked"]
-    device = Device(parsed(str(run["flags"]).split()), str(run["users"]).split(","), str(here["user"]),
+    device = Device(parsed(shlex.split(str(run["flags"]))), str(run["users"]).split(","), str(here["user"]),
                     str(here["text"]), Path(str(here["state"])))
     given = message.content["generalists"].to_torch_state_dict()
     answer, told = device.answer(asked["run"], asked["round"], given)

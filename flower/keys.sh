@@ -3,11 +3,12 @@
 #
 # ca.crt goes to everyone; server.pem and server.key to the SuperLink on HOST, a name or an address; USER (private) to
 # that user's device, USER.pub to whoever registers nodes; ca.key, which can sign more, into a drawer.
+# What is there already stays; so users can be added. Needs OpenSSL 3 and ssh-keygen.
 set -euo pipefail
 mkdir -p "$1" && cd "$1" && umask 077
 case $2 in *[!0-9.]*) kind=DNS ;; *) kind=IP ;; esac
 curve="-newkey ec -pkeyopt ec_paramgen_curve:secp384r1 -nodes"
-openssl req -x509 $curve -days 3650 -subj "/CN=CoMiGS" -keyout ca.key -out ca.crt
-openssl req $curve -subj "/CN=$2" -addext "subjectAltName=$kind:$2" -keyout server.key -out server.csr
-openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -days 825 -copy_extensions copy -out server.pem
-for user in "${@:3}"; do ssh-keygen -q -t ecdsa -b 384 -N "" -C "$user" -f "$user"; done
+[ -e ca.crt ] || openssl req -x509 $curve -days 3650 -subj "/CN=CoMiGS" -keyout ca.key -out ca.crt
+[ -e server.pem ] || openssl req $curve -subj "/CN=$2" -addext "subjectAltName=$kind:$2" -keyout server.key -out server.csr
+[ -e server.pem ] || openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -days 825 -copy_extensions copy -out server.pem
+for user in "${@:3}"; do [ -e "$user" ] || ssh-keygen -q -t ecdsa -b 384 -N "" -C "$user" -f "$user"; done

@@ -4,7 +4,9 @@
 """
 
 import json
+import math
 import secrets
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from support.files import write, write_json, write_text
 from support.measuring import result_of, table
 from support.settings import Settings, parsed, plain
 from support.start import starting_point
-from train import build_largest, build_model, build_server, drawn
+from train import build_largest, build_model, build_server, called_of, drawn
 
 Answers = dict[str, tuple[Message, dict]]  # by user: generalists, and what else it told
 
@@ -45,9 +47,11 @@ def check(settings: Settings, names: list[str]) -> None:
                        (method.pooled, f"`method` {settings.method}: needs everyone's text in one place"),
                        (not method.server.bounded, f"`method` {settings.method}: isn't an average of updates"),
                        (settings.target == "mixed", "`target` mixed: a device has its own text only"),
-                       (settings.drop_rate, f"`drop_rate` {settings.drop_rate}: real devices vanish by themselves")):
+                       (settings.drop_rate, f"`drop_rate` {settings.drop_rate}: real devices vanish by themselves"),
+                       (settings.users > 1 == called_of(settings)[1],
+                        f"`participation` {settings.participation}: calls one user, whom no other could hide")):
         if wrong:
-            raise BadInput(f"{why}; leave it out, or use train.py")
+            raise BadInput(f"{why}; correct that, or use train.py")
 
 
 class Federation:
@@ -62,7 +66,7 @@ class Federation:
         self.shared = {name: {key: parameter.shape for key, parameter in build_model(
             settings, base, S, rank, name).having(GENERALIST).items()}
             for name, S, rank in zip(names, settings.specialists, settings.lora_rank, strict=True)}
-        self.run, self.done, self.lines, self.path = secrets.token_hex(8), 0, [], out / "server.pt"
+        self.run, self.done, self.lines, self.path = secrets.token_hex(8), 0, {}, out / "server.pt"
         if self.path.exists():
             saved = torch.load(self.path, weights_only=True)
             if (saved["settings"], saved["names"]) != (plain(settings), names):
@@ -73,8 +77,14 @@ class Federation:
 
     def ask(self, number: int, names: list[str]) -> Answers:
         answers = self.send(self.run, number, {name: self.server.give(self.shared[name]) for name in names})
-        self.lines += [line for name in names if name in answers for line in answers[name][1]["lines"]]
+        for name, (_, told) in answers.items():
+            self.lines |= {(line["round"], self.names.index(name)): line | {"user": name} for line in told["lines"]}
         return answers
+
+    def weight(self, told: dict) -> float:
+        """What a user asks for, where weights are tokens."""
+        asked = float(told["weight"]) if self.settings.average == "tokens" else 1.0
+        return asked if 0 < asked < math.inf else 0.0
 
     def play(self) -> dict:
         """Play the rounds that are left; returns what result.json holds. A round with a single answer passes."""
@@ -82,16 +92,19 @@ class Federation:
             called = [self.names[i] for i in drawn(self.settings, number)[0]]
             answers = self.ask(number, called)
             if len(answers) >= min(2, len(self.names)):
-                self.server.take({Remote(name, answers[name][1]["weight"], self.shared[name]): answers[name][0]
-                                  for name in self.names if name in answers})  # in this order, whoever came first
+                self.server.take({Remote(name, self.weight(answers[name][1]), self.shared[name]): answers[name][0]
+                                  for name in self.names  # in this order, whoever came first
+                                  if name in answers and self.weight(answers[name][1])})
             print(f"round {number}: {len(answers)} of {len(called)} answered", flush=True)
             self.save(number)
         answers = self.ask(self.settings.rounds + 1, self.names)
+        if missing := [name for name in self.names if name not in answers]:
+            print(f"the result is without {', '.join(missing)}, who didn't answer", flush=True)
         told = [answers[name][1] for name in self.names if name in answers]
         result = result_of(self.settings, [each["row"] for each in told], [each["counts"] for each in told],
                            len(self.server.refused), time.perf_counter() - self.began)
-        write_text(self.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in sorted(
-            self.lines, key=lambda line: (line["round"], self.names.index(line["user"])))))
+        write_text(self.out / "metrics.jsonl", "".join(json.dumps(self.lines[key]) + "\n"
+                                                                   for key in sorted(self.lines)))
         write_json(self.out / "result.json", result)
         return result
 
@@ -116,29 +129,33 @@ class Nodes:
         there = {node for node in self.grid.get_node_ids() if time.monotonic() - self.gone.get(node, -AGAIN) >= AGAIN}
         new = [Envelope(RecordDict(), node, MessageType.QUERY) for node in there - self.owner.keys()]
         told = self.grid.send_and_receive(new, timeout=AGAIN) if new else ()
-        self.owner = {node: name for node, name in self.owner.items() if node in there} | {
-            reply.metadata.src_node_id: reply.content["told"]["user"] for reply in told if not reply.has_error()}
+        names = {reply.metadata.src_node_id: reply.content["told"]["user"] for reply in told if not reply.has_error()}
+        self.owner = {node: name for node, name in self.owner.items() if node in there} | names
+        self.gone |= dict.fromkeys({question.metadata.dst_node_id for question in new} - names.keys(), time.monotonic())
         return {name: node for node, name in reversed(self.owner.items())}
 
     def send(self, run: str, number: int, messages: dict[str, Message]) -> Answers:
         """Raises nothing: whoever hasn't answered when patience ends has no part in the round."""
-        answers, asked, until = {}, {}, time.monotonic() + self.patience  # asked: message -> user
+        answers, asked, until = {}, {}, time.monotonic() + self.patience  # asked: message -> user, node
         while len(answers) < len(messages) and time.monotonic() < until:
             nodes = self.greet()
             letters = {name: Envelope(
                 RecordDict({"generalists": ArrayRecord(messages[name]), "asked": ConfigRecord({
-                    "run": run, "round": number})}), nodes[name], MessageType.TRAIN, group_id=str(number))
-                for name in nodes.keys() & messages.keys() - answers.keys() - set(asked.values())}
+                    "run": run, "round": number})}), nodes[name], MessageType.TRAIN, group_id=str(number),
+                ttl=until - time.monotonic() + self.pause)
+                for name in nodes.keys() & messages.keys() - answers.keys() - {name for name, _ in asked.values()}}
             if letters:
-                asked |= dict(zip(self.grid.push_messages(letters.values()), letters, strict=True))
+                pushed = zip(self.grid.push_messages(letters.values()), letters, strict=False)
+                asked |= {message: (name, nodes[name]) for message, name in pushed if message}
             for reply in self.grid.pull_messages(list(asked)):
-                name = asked.pop(reply.metadata.reply_to_message_id)
-                if reply.has_error():
-                    print(f"round {number}, user {name}: {reply.error.reason}", flush=True)
-                    self.gone[reply.metadata.src_node_id] = time.monotonic()
-                else:
-                    answers[name] = (dict(reply.content["generalists"].to_torch_state_dict()),
-                                     json.loads(reply.content["told"]["json"]))
+                name, node = asked.pop(reply.metadata.reply_to_message_id)
+                try:
+                    told = json.loads(reply.content["told"]["json"])  # ValueError, where it is an error
+                    answers[name] = dict(reply.content["generalists"].to_torch_state_dict()), told
+                except (ValueError, KeyError, TypeError) as error:
+                    why = reply.error.reason if reply.has_error() else f"not an answer: {error!r}"
+                    print(f"round {number}, user {name}: {why}", flush=True)
+                    self.gone[node] = time.monotonic()
             time.sleep(self.pause)
         return answers
 
@@ -149,6 +166,6 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     run = context.run_config
-    settings, names = parsed(str(run["flags"]).split()), str(run["users"]).split(",")
+    settings, names = parsed(shlex.split(str(run["flags"]))), str(run["users"]).split(",")
     out = Path(str(run["out"]))
     print(table(Federation(settings, names, out, Nodes(grid, float(run["patience"])).send).play(), out), flush=True)

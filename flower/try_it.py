@@ -8,6 +8,7 @@ Takes any flag of train.py, deals its text out to the nodes, and comes to the sa
 
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -15,13 +16,14 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
-from data import SPLITS, dealt
+from data import SPLITS, dealt, load
 from support.errors import BadInput
 from support.files import write_text
 from support.folder import settings_of
-from support.settings import Settings, status_of
+from support.settings import Settings, as_arguments, status_of
 from support.start import starting_point
 
 HERE = Path(__file__).parent
@@ -45,8 +47,12 @@ def wait_for(port: int, process: subprocess.Popen) -> None:
 
 def deal_out(settings: Settings, out: Path) -> list[str]:
     """Write each user's text to a folder of its own, as JSON lines. Returns the users' names. Raises BadInput."""
-    users = dealt(settings, starting_point(settings).encoding)
+    encoding = starting_point(settings).encoding
+    load(settings, encoding)  # refuses text that is too short
+    users = dealt(settings, encoding)
     for name, documents in users.items():
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise BadInput(f"`data` {settings.data}: user {name} can't have that name here; use letters and digits")
         lines = [{"user": name, "split": split, "text": text} for split in SPLITS for text in documents[split]]
         write_text(out / name / "text.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     return list(users)
@@ -75,18 +81,22 @@ class Processes:
         for kind in (signal.SIGTERM, signal.SIGKILL):
             for process in self.started:
                 with suppress(ProcessLookupError):
-                    os.killpg(process.pid, kind)  # each leads a group, in which what it starts is, too
+                    os.killpg(process.pid, kind)  # what they started ends when it misses them
             time.sleep(1)
         for process in self.started:
             process.wait()
 
 
-def try_it(settings: Settings, arguments: list[str]) -> None:
+def try_it(settings: Settings) -> None:
     """Raises BadInput."""
+    from flower.server import check  # which needs Flower
     out = Path(settings.out or "out/flower").resolve()
     if out.exists() and any(out.iterdir()):
         raise BadInput(f"`out` {out}: isn't empty; take another folder")
-    names = deal_out(settings, out)
+    names = deal_out(settings, out / "devices")
+    check(settings, names)
+    flags = as_arguments(replace(settings, data="builtin", source=None, user_field=None, text_field=None, train_kb=None,
+                                 valid_kb=None, out=None))  # devices have their text, dealt as it is to be
     link, *own = free_ports(1 + len(names))
     keys, address = out / "keys", f"127.0.0.1:{link}"
     subprocess.run(["bash", HERE / "keys.sh", keys, "127.0.0.1", *names], check=True, capture_output=True)
@@ -99,13 +109,15 @@ def try_it(settings: Settings, arguments: list[str]) -> None:
                                                  "--disable-runtime-dependency-installation")
         wait_for(link, superlink)
         for name in names:
-            processes.start("run", f"flwr supernode register {keys}/{name}.pub here --name {name}").wait()
+            if processes.start("run", f"flwr supernode register {keys}/{name}.pub here --name {name}").wait():
+                raise BadInput(f"`out` {out}: the key of {name} couldn't be registered; see run.log there")
         for name, port in zip(names, own, strict=True):
-            where = f'user="{name}" text="{out / name / "text.jsonl"}" state="{out / name / "state.pt"}"'
-            processes.start(name, f"flower-supernode --superlink {address} --root-certificates {keys}/ca.crt "
-                                  f"--auth-supernode-private-key {keys}/{name} --port {port} "
-                                  f"--node-config {shlex.quote(where)}")
-        given = f'flags={json.dumps(shlex.join(arguments))} users="{",".join(names)}" out="{out / "server"}"'
+            home = out / "devices" / name
+            where = f'user="{name}" text="{home / "text.jsonl"}" state="{home / "states"}"'
+            processes.start(f"devices/{name}",
+                            f"flower-supernode --superlink {address} --root-certificates {keys}/ca.crt --port {port} "
+                            f"--auth-supernode-private-key {keys}/{name} --node-config {shlex.quote(where)}")
+        given = f'flags={json.dumps(shlex.join(flags))} users="{",".join(names)}" out="{out / "server"}"'
         run = processes.start("run", f"flwr run {HERE} here --stream --run-config {shlex.quote(given)}")
         shown = 0
         while run.poll() is None or shown < (out / "run.log").stat().st_size:
@@ -119,8 +131,7 @@ def try_it(settings: Settings, arguments: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    return status_of("flower.try_it", lambda: try_it(settings_of(arguments), arguments), "its logs are kept")
+    return status_of("flower.try_it", lambda: try_it(settings_of(arguments)), "its logs are kept")
 
 
 if __name__ == "__main__":

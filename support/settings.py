@@ -271,6 +271,14 @@ def plain(settings) -> dict:
     return json.loads(json.dumps(asdict(settings)))
 
 
+def as_arguments(settings) -> list[str]:
+    """The command line that gives these settings."""
+    given = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in flags(type(settings))}
+    return [word for name, value in given.items() if value is not None and value is not False
+            for word in ([name] if value is True else [name, ",".join(map(str, value))] if isinstance(value, tuple)
+                         else [name, str(value)])]
+
+
 # --- the command line ------------------------------------------------------------------------------------------------
 
 GROUPS = {  # the headings of train.py --help

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,8 @@ class Network:
         self.absent = lambda name, number: False
 
     def device(self, name: str, **more) -> device.Device:
-        text, state = str(self.out / name / "text.jsonl"), self.out / name / "state.pt"
-        return device.Device(self.settings, list(NAMES), more.get("user", name), text, state)
+        text, states = str(self.out / name / "text.jsonl"), self.out / name / "states"
+        return device.Device(self.settings, list(NAMES), more.get("user", name), text, states)
 
     def send(self, run: str, number: int, messages: dict) -> dict:
         answers = {}
@@ -61,7 +62,8 @@ def assert_as_train(network: Network, flags: str = FLAGS) -> None:
     saved = state("plain")
     assert same(torch.load(network.out / "server" / "server.pt", weights_only=True)["server"], saved["server"])
     for user in saved["users"]:
-        assert same(torch.load(network.out / user["name"] / "state.pt", weights_only=True)["user"], user)
+        path, = (network.out / user["name"] / "states").iterdir()
+        assert same(torch.load(path, weights_only=True)["user"], user)
 
 
 def test_a_run_over_messages_comes_to_the_same_bits_and_only_what_may_cross_does():
@@ -145,4 +147,9 @@ def test_the_whole_of_it_on_this_machine_leaves_nothing_behind():
     assert train.main(command("--users 2 --specialists 1 --rounds 1", "plain")) == 0
     mine, theirs = (json.loads(Path(path, "result.json").read_text()) for path in ("flower/server", "plain"))
     assert mine | {"seconds": 0} == theirs | {"seconds": 0}
-    assert str(Path("flower").resolve()) not in subprocess.run(["ps", "axww"], capture_output=True, text=True).stdout
+    for _ in range(30):
+        left = subprocess.run(["ps", "axww"], capture_output=True, text=True, check=True).stdout
+        if not (still := str(Path("flower").resolve()) in left):
+            break
+        time.sleep(1)
+    assert not still
