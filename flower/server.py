@@ -74,6 +74,8 @@ class Federation:
             self.server.load(saved["server"])
             self.run, self.done, self.lines = saved["run"], saved["round"], saved["lines"]
             self.began -= saved["seconds"]
+        else:
+            self.save(0)  # so that a run that is started again is the same to its devices
 
     def ask(self, number: int, names: list[str]) -> Answers:
         answers = self.send(self.run, number, {name: self.server.give(self.shared[name]) for name in names})
