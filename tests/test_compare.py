@@ -21,7 +21,9 @@ SHORT = f"{' '.join(TINY)} --rounds 1 --specialists 1 --data text"
 
 @pytest.fixture
 def compared(corpus, monkeypatch):
-    """Runs compare.py on the tiny corpus: its exit status."""
+    """Runs compare.py on the tiny corpus, without pages: its exit status."""
+    monkeypatch.setattr(train.Run, "show", lambda run: None)
+
     def run(more: str = "") -> int:
         monkeypatch.setattr("sys.argv", f"compare.py --methods comigs,local --seeds 2 --out out {SHORT} {more}".split())
         return compare.main()
@@ -186,6 +188,8 @@ def test_an_experiment_is_one_command(corpus, monkeypatch, capsys):
         "comigs": base.run("comigs"), "local 2 S": base.run("local", "--specialists 2")}))
     assert experiments.main("tiny --out tiny --seeds 1".split()) == 0
     assert json.loads(Path("tiny/table.json").read_text()).keys() == {"comigs", "local 2 S"}
+    assert {path.parent.name for path in Path("tiny").glob("*/page.html")} == {
+        "comigs-lr0.006-seed0", "local-2-S-lr0.006-seed0"}
     assert experiments.main([]) == experiments.main(["--help"]) == 0
     assert capsys.readouterr().out.count("a title") == 3
     assert "the first word is one of languages" in refusal(capsys, ["nonsense"], experiments.main)
