@@ -4,8 +4,8 @@
     python compare.py --methods local,fedavg,comigs --rates 2e-3,6e-3,2e-2 --plot
 
 A run that is already in the folder, with the same settings, isn't run again, and one that was cut off is continued, so
-this can be stopped and started again. (Where text or a base has been replaced under
-the same name, give another --out.)
+this can be stopped and started again. (Where text or a base has been replaced under the same name, give another
+--out.)
 """
 
 import math
@@ -21,7 +21,7 @@ from support.errors import BadInput, Diverged
 from support.files import read_json
 from support.folder import code, doubts, json_of
 from support.settings import HYPER, Settings, as_flags, check, given_in, parsed, plain, setting, status_of, swept_by
-from support.tables import caption, markdown, summarize, table, write_all
+from support.tables import caption, summarize, write_all
 from train import Run
 
 
@@ -129,8 +129,7 @@ def compare(rows: Rows, comparison: Comparison) -> None:
     if not summaries:
         raise Diverged(f"`lr`, `rates` {comparison.rates}: every run diverged; take smaller ones")
     out = Path(comparison.out)
-    write_all(out, summaries, folders, caption([plain(row) for row in rows.values()], comparison.seeds))
-    print(markdown(table(summaries)))
+    print(write_all(out, summaries, folders, caption([plain(row) for row in rows.values()], comparison.seeds)))
     if comparison.plot:
         plots.draw_comparison(summaries, out / "table")
 

@@ -218,9 +218,9 @@ def dealt(settings: "Settings", tokenizer: tiktoken.Encoding) -> dict[str, Split
     return {name: documents | mixed for name, documents in users.items()}
 
 
-def load(settings: "Settings", tokenizer: tiktoken.Encoding) -> list[Text]:
-    """The text of each user. Raises BadInput."""
-    texts = [as_tokens(name, documents, tokenizer) for name, documents in dealt(settings, tokenizer).items()]
+def load(settings: "Settings", tokenizer: tiktoken.Encoding, users: dict[str, Splits] | None = None) -> list[Text]:
+    """The text of each user, from documents that are dealt now, or were. Raises BadInput."""
+    texts = [as_tokens(name, documents, tokenizer) for name, documents in (users or dealt(settings, tokenizer)).items()]
     for text, wanted in zip(texts, training_bytes(settings), strict=True):
         if problem := lack(text, wanted, settings.block_size):
             raise BadInput(f"`data` {settings.data}: {problem}; add text, ask for less or for fewer `users`, or leave "

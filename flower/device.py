@@ -18,7 +18,7 @@ from flwr.app import Message as Envelope
 from flwr.clientapp import ClientApp
 
 import data
-from federated import Message, size_of
+from federated import Message
 from model import GENERALIST
 from support.errors import BadInput
 from support.files import write
@@ -60,10 +60,14 @@ class Device:
             saved = self.begin()
         if saved["round"] > number:
             raise BadInput(f"round {number}: is over; this device has had round {saved['round']}")
-        if saved["round"] < number:
+        new = saved["round"] < number
+        if new:
             saved |= self.play(number, given, saved)
+        answer = {} if number > self.settings.rounds else self.user.answer()
+        if new:
+            saved["user"], = states([self.user])
             write(path, lambda temporary: torch.save(saved, temporary))
-        return self.holding(number), saved["told"]
+        return answer, saved["told"]
 
     def play(self, number: int, given: Message, saved: dict) -> dict:
         """A round: what is new in the device's state. Lines are all there were, so that none is lost with an answer."""
@@ -79,14 +83,7 @@ class Device:
         else:
             more, loss = {}, self.user.learn(rhythm_of(settings))
             check_loss(settings, self.user, loss)
-            self.user.bytes_up += size_of(self.holding(number))
-        return {"round": number, "loss": loss, "user": states([self.user])[0],
-                "told": {"weight": self.user.weight, "lines": lines, **more}}
-
-    def holding(self, number: int) -> Message:
-        """What a round's answer is: generalists, or nothing once all rounds are over."""
-        over = number > self.settings.rounds
-        return {} if over else {name: p.detach().clone() for name, p in self.user.model.having(GENERALIST).items()}
+        return {"round": number, "loss": loss, "told": {"weight": self.user.weight, "lines": lines, **more}}
 
     def begin(self) -> dict:
         """What a user's first message comes before: its models as they are without training."""

@@ -1,4 +1,4 @@
-"""The server: it averages as train.py does, and goes on from its own checkpoint.
+"""The server: it averages as train.py does, and continues from its own checkpoint.
 
     flwr run flower NAME --stream --run-config 'flags="--rounds 20" users="de,fr" out="out/server"'
 """
@@ -23,7 +23,7 @@ from model import GENERALIST
 from support.errors import BadInput
 from support.files import write, write_json, write_text
 from support.measuring import result_of, table
-from support.settings import Settings, parsed, plain
+from support.settings import Settings, parsed, plain, refuse
 from support.start import starting_point
 from train import build_largest, build_model, build_server, called_of, drawn
 
@@ -42,16 +42,17 @@ class Remote:
 def check(settings: Settings, names: list[str]) -> None:
     """Raises BadInput."""
     method = METHODS[settings.method]
-    for wrong, why in ((len(names) != settings.users or len(set(names)) < len(names),
-                        f"`users` {settings.users}: needs as many different names, not {','.join(names)}"),
-                       (method.pooled, f"`method` {settings.method}: needs everyone's text in one place"),
-                       (not method.server.bounded, f"`method` {settings.method}: isn't an average of updates"),
-                       (settings.target == "mixed", "`target` mixed: a device has its own text only"),
-                       (settings.drop_rate, f"`drop_rate` {settings.drop_rate}: real devices vanish by themselves"),
-                       (settings.users > 1 == called_of(settings)[1],
-                        f"`participation` {settings.participation}: calls one user, whom no other could hide")):
+    for wrong, name, why in (
+        (len(names) != settings.users or len(set(names)) < len(names), "users",
+         f"needs as many different names, not {','.join(names)}"),
+        (method.pooled, "method", "needs everyone's text in one place"),
+        (not method.server.bounded, "method", "isn't an average of updates"),
+        (settings.target == "mixed", "target", "a device has its own text only"),
+        (settings.drop_rate, "drop_rate", "real devices vanish by themselves"),
+        (settings.users > 1 == called_of(settings)[1], "participation", "calls one user, whom no other could hide"),
+    ):
         if wrong:
-            raise BadInput(f"{why}; correct that, or use train.py")
+            refuse(name, getattr(settings, name), why, "correct that, or use train.py")
 
 
 class Federation:
@@ -84,7 +85,7 @@ class Federation:
         return answers
 
     def weight(self, told: dict) -> float:
-        """What a user asks for, where weights are tokens."""
+        """What a user asks for, where weights are tokens; 0, if that is no weight."""
         asked = float(told["weight"]) if self.settings.average == "tokens" else 1.0
         return asked if 0 < asked < math.inf else 0.0
 
@@ -94,9 +95,9 @@ class Federation:
             called = [self.names[i] for i in drawn(self.settings, number)[0]]
             answers = self.ask(number, called)
             if len(answers) >= min(2, len(self.names)):
-                self.server.take({Remote(name, self.weight(answers[name][1]), self.shared[name]): answers[name][0]
+                self.server.take({Remote(name, weight, self.shared[name]): answers[name][0]
                                   for name in self.names  # in this order, whoever came first
-                                  if name in answers and self.weight(answers[name][1])})
+                                  if name in answers and (weight := self.weight(answers[name][1]))})
             print(f"round {number}: {len(answers)} of {len(called)} answered", flush=True)
             self.save(number)
         answers = self.ask(self.settings.rounds + 1, self.names)

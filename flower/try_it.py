@@ -48,8 +48,8 @@ def wait_for(port: int, process: subprocess.Popen) -> None:
 def deal_out(settings: Settings, out: Path) -> list[str]:
     """Write each user's text to a folder of its own, as JSON lines. Returns the users' names. Raises BadInput."""
     encoding = starting_point(settings).encoding
-    load(settings, encoding)  # refuses text that is too short
     users = dealt(settings, encoding)
+    load(settings, encoding, users)  # refuses text that is too short
     for name, documents in users.items():
         if not re.fullmatch(r"[\w.-]+", name):
             raise BadInput(f"`data` {settings.data}: user {name} can't have that name here; use letters and digits")

@@ -31,8 +31,6 @@ TABLES = (".csv", ".jsonl")
 EXCERPT = 5_000  # characters of a builtin document that are used: many documents, none outweighing the others
 CORPUS_EXCERPT = 20_000  # likewise of a streamed corpus
 EVERYTHING = 1 << 62  # bytes
-
-
 SPLITS = ("train", "valid", "test")
 
 
@@ -234,12 +232,11 @@ def field(row: Row, name: str) -> object:
     return row[name] if name in row or not rest else field(row[first], rest)
 
 
-NAMING = "name one: `user_field`, `text_field` (in a .csv the first row is a header)"
-
-
 def documents(table: Iterable[tuple[str, Row]], recipe: Recipe) -> Iterator[Document]:
     """The rows that are some user's. Raises BadInput."""
     named = recipe.users and {value: name for name, value in recipe.users.items()}
+    remedy = ("give another `source`" if named else
+              "name one: `user_field`, `text_field` (in a .csv the first row is a header)")
     for where, row in table:
         try:
             owner = field(row, recipe.user_field)
@@ -248,8 +245,7 @@ def documents(table: Iterable[tuple[str, Row]], recipe: Recipe) -> Iterator[Docu
             texts = [field(row, name) or "" for name in recipe.text_fields]
         except KeyError as error:
             there = " ".join(", ".join(map(str, row)).split())[:200] if isinstance(row, dict) else "no fields"
-            raise BadInput(f"`data` {where}: has no field {error.args[0]} but {there}; "
-                           f"{'give another `source`' if named else NAMING}") from None
+            raise BadInput(f"`data` {where}: has no field {error.args[0]} but {there}; {remedy}") from None
         if not all(isinstance(text, str) for text in texts):
             raise BadInput(f"`data` {where}: its {' or '.join(recipe.text_fields)} isn't text; correct or "
                            "remove the row")

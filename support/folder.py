@@ -62,7 +62,8 @@ def code() -> str:
 
 def doubts(configs: list[dict]) -> list[str]:
     """Why runs that are kept may not belong into one table with each other and with this code."""
-    others = sum(config.get("code") != code() for config in configs)
+    here = code()
+    others = sum(config.get("code") != here for config in configs)
     read = {}  # what the settings say of text and base -> what it was
     for config in configs:
         named = [config["settings"][name] for name in (*GROUPS["text"].split(), "users", "init_from", "block_size")]

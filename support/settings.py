@@ -71,10 +71,14 @@ def flags(kind: type) -> dict[str, Flag]:
     return {f.name: f.metadata["flag"] for f in fields(kind)}
 
 
+def as_text(value) -> str:
+    """A value as the command line has it: as_text((1, 2)) -> "1,2", as_text(True) -> ""."""
+    return "" if value is True else ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
 def refuse(name: str, value, why: str, remedy: str):
     """Raises BadInput."""
-    shown = "" if value is True else ",".join(map(str, value)) if isinstance(value, tuple | list) else value
-    raise BadInput(f"{f'`{name}` {shown}'.rstrip()}: {why}; {remedy}")
+    raise BadInput(f"{f'`{name}` {as_text(value)}'.rstrip()}: {why}; {remedy}")
 
 
 def check(settings) -> None:
@@ -273,10 +277,14 @@ def plain(settings) -> dict:
 
 def as_arguments(settings) -> list[str]:
     """The command line that gives these settings."""
-    given = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in flags(type(settings))}
+    given = {name: getattr(settings, name) for name in flags(type(settings))}
     return [word for name, value in given.items() if value is not None and value is not False
-            for word in ([name] if value is True else [name, ",".join(map(str, value))] if isinstance(value, tuple)
-                         else [name, str(value)])]
+            for word in (option(name), as_text(value)) if word]
+
+
+def option(name: str) -> str:
+    """option("train_kb") -> "--train-kb"."""
+    return "--" + name.replace("_", "-")
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -305,15 +313,14 @@ def given_in(arguments: list[str] | None, kind: type) -> tuple[dict, list[str]]:
     groups = {title: parser.add_argument_group(title) for title in ("settings", *GROUPS)}
     for name, flag in flags(kind).items():
         group = groups[heading.get(name, "settings")]
-        option, default = "--" + name.replace("_", "-"), getattr(kind, name)
+        default = getattr(kind, name)
         if flag.kind is bool:
-            group.add_argument(option, action="store_true", help=flag.help)
+            group.add_argument(option(name), action="store_true", help=flag.help)
         else:
             few = "|".join(flag.choices) if len(flag.choices) < 6 else ""
             values = "LIST" if flag.many else few or {int: "N", float: "X", str: "NAME"}[flag.kind]
-            shown = ",".join(map(str, default)) if flag.many and default else default
-            text = flag.help if shown is None else f"{flag.help} (default: {shown})"
-            group.add_argument(option, metavar=values, help=text)
+            text = flag.help if default is None else f"{flag.help} (default: {as_text(default)})"
+            group.add_argument(option(name), metavar=values, help=text)
     given, rest = parser.parse_known_args(arguments)
     values = {}
     for name, text in vars(given).items():
@@ -347,7 +354,7 @@ def check_device(device: str) -> None:
 
 def as_flags(message: str) -> str:
     """as_flags("`train_kb` 0: not possible") -> "--train-kb 0: not possible"."""
-    return re.sub(r"`(\w+)`", lambda name: "--" + name[1].replace("_", "-"), message)
+    return re.sub(r"`(\w+)`", lambda name: option(name[1]), message)
 
 
 NO_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed")

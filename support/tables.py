@@ -128,14 +128,17 @@ def by_round(folder: Path) -> Iterable[dict]:
         yield line | {"generalist_share": statistics.mean(line["generalist_share"])}
 
 
-def write_all(out: Path, summaries: dict[str, dict], folders: dict[str, list[Path]], caption: str) -> None:
-    """table.md, .tex and .json; and figures by seed and user: table.csv, the ends, and curves.csv, the way."""
+def write_all(out: Path, summaries: dict[str, dict], folders: dict[str, list[Path]], caption: str) -> str:
+    """table.md, .tex and .json; and figures by seed and user: table.csv, the ends, and curves.csv, the way. Returns the
+    table as Markdown."""
     cells = table(summaries)
-    write_text(out / "table.md", f"{markdown(cells)}\n\n{caption} {COLUMNS}\n\n{curves(summaries)}\n")
+    text = markdown(cells)
+    write_text(out / "table.md", f"{text}\n\n{caption} {COLUMNS}\n\n{curves(summaries)}\n")
     write_text(out / "table.tex", latex(cells, f"{caption} {COLUMNS}"))
     write_text(out / "table.csv", as_csv(by_user, folders, f"{caption} ppl: perplexity. bpb: bits per byte."))
     write_text(out / "curves.csv", as_csv(by_round, folders, f"{caption} Losses in nats; bytes so far."))
     write_json(out / "table.json", summaries)
+    return text
 
 
 def curves(summaries: dict[str, dict]) -> str:
