@@ -22,7 +22,7 @@ from data import Text
 from federated import User, federated_round
 from methods import METHODS
 from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig
-from support import folder, page, processes
+from support import folder, page, privacy, processes
 from support.files import write_json
 from support.folder import Folder, stopped_gently
 from support.guard import Guard
@@ -222,9 +222,11 @@ class Run:
         """What result.json holds."""
         rows = processes.gathered([row_of(self.settings, *each, before)
                                    for each, before in zip(self.tested, self.before, strict=True)])
-        counts, refused = processes.gathered(list(map(counts_of, self.users))), len(self.server.refused)
-        return result_of(self.settings, rows, counts, sum(processes.gathered([refused])),
-                         time.perf_counter() - self.began)
+        counts, settings = processes.gathered(list(map(counts_of, self.users))), self.settings
+        refused = sum(processes.gathered([len(self.server.refused)]))
+        promise = privacy.guarantee(settings, *called_of(settings), settings.rounds,
+                                    whole=not (settings.drop_rate or refused))
+        return result_of(settings, rows, counts, refused, time.perf_counter() - self.began) | promise
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from flwr.clientapp import ClientApp
 
 import data
 from federated import Message
+from flower.secret import secretly
 from model import GENERALIST
 from support.errors import BadInput
 from support.files import write
@@ -104,7 +105,7 @@ def who(message: Envelope, context: Context) -> Envelope:
     return Envelope(RecordDict({"told": ConfigRecord({"user": str(context.node_config["user"])})}), reply_to=message)
 
 
-@app.train()
+@app.train(mods=[secretly])
 def learn(message: Envelope, context: Context) -> Envelope:
     here, run, asked = context.node_config, context.run_config, message.content["asked"]
     device = Device(parsed(shlex.split(str(run["flags"]))), str(run["users"]).split(","), str(here["user"]),

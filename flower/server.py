@@ -8,6 +8,7 @@ import math
 import secrets
 import shlex
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from federated import Message
 from methods import METHODS
-from model import GENERALIST
+from model import GENERALIST, SPECIALIST
+from support import privacy
 from support.errors import BadInput
 from support.files import write, write_json, write_text
 from support.measuring import result_of, table
@@ -39,8 +41,8 @@ class Remote:
     shared: dict[str, torch.Size]
 
 
-def check(settings: Settings, names: list[str]) -> None:
-    """Raises BadInput."""
+def check(settings: Settings, names: list[str], secret: bool = False) -> None:
+    """secret: whether only sums of updates reach the server. Raises BadInput."""
     method = METHODS[settings.method]
     for wrong, name, why in (
         (len(names) != settings.users or len(set(names)) < len(names), "users",
@@ -50,6 +52,10 @@ def check(settings: Settings, names: list[str]) -> None:
         (settings.target == "mixed", "target", "a device has its own text only"),
         (settings.drop_rate, "drop_rate", "real devices vanish by themselves"),
         (settings.users > 1 == called_of(settings)[1], "participation", "calls one user, whom no other could hide"),
+        (secret and not settings.clip_update, "clip_update", "is needed where updates are secret"),
+        (secret and settings.average != "uniform", "average", "isn't possible where updates are secret"),
+        (secret and method.roles.get(SPECIALIST) == GENERALIST and len(set(settings.specialists)) > 1, "method",
+         "averages experts that not all users have, which isn't possible where updates are secret"),
     ):
         if wrong:
             refuse(name, getattr(settings, name), why, "correct that, or use train.py")
@@ -60,22 +66,24 @@ class Federation:
 
     def __init__(self, settings: Settings, names: list[str], out: Path,
                  send: Callable[[str, int, dict[str, Message]], Answers]):
-        check(settings, names)
         self.settings, self.names, self.out, self.send, self.began = settings, names, out, send, time.perf_counter()
         base = starting_point(settings)
         self.server = build_server(settings, build_largest(settings, base, "server"))
         self.shared = {name: {key: parameter.shape for key, parameter in build_model(
             settings, base, S, rank, name).having(GENERALIST).items()}
             for name, S, rank in zip(names, settings.specialists, settings.lora_rank, strict=True)}
-        self.run, self.done, self.lines, self.path = secrets.token_hex(8), 0, {}, out / "server.pt"
+        self.run, self.done, self.lines, self.whole = secrets.token_hex(8), 0, {}, True
+        self.path = out / "server.pt"
         if self.path.exists():
             saved = torch.load(self.path, weights_only=True)
             if (saved["settings"], saved["names"]) != (plain(settings), names):
                 raise BadInput(f"`out` {out}: holds another run; take another folder")
             self.server.load(saved["server"])
-            self.run, self.done, self.lines = saved["run"], saved["round"], saved["lines"]
+            self.run, self.done, self.lines, self.whole = (saved[name] for name in ("run", "round", "lines", "whole"))
             self.began -= saved["seconds"]
         else:
+            if settings.dp_noise:  # the devices know the run's seed
+                self.server.generator.manual_seed(secrets.randbits(63))
             self.save(0)  # so that a run that is started again is the same to its devices
 
     def ask(self, number: int, names: list[str]) -> Answers:
@@ -98,6 +106,7 @@ class Federation:
                 self.server.take({Remote(name, weight, self.shared[name]): answers[name][0]
                                   for name in self.names  # in this order, whoever came first
                                   if name in answers and (weight := self.weight(answers[name][1]))})
+            self.whole &= len(answers) == len(called)  # everyone who was called is in the average
             print(f"round {number}: {len(answers)} of {len(called)} answered", flush=True)
             self.save(number)
         answers = self.ask(self.settings.rounds + 1, self.names)
@@ -105,15 +114,24 @@ class Federation:
             print(f"the result is without {', '.join(missing)}, who didn't answer", flush=True)
         told = [answers[name][1] for name in self.names if name in answers]
         result = result_of(self.settings, [each["row"] for each in told], [each["counts"] for each in told],
-                           len(self.server.refused), time.perf_counter() - self.began)
+                           len(self.server.refused), time.perf_counter() - self.began) | self.privacy()
         write_text(self.out / "metrics.jsonl", "".join(json.dumps(self.lines[key]) + "\n"
                                                                    for key in sorted(self.lines)))
         write_json(self.out / "result.json", result)
         return result
 
+    def privacy(self) -> dict:
+        """The devices know the seed, and with it who was called when: so that hides nobody, and who was called most
+        often counts."""
+        most = max(Counter(i for number in range(self.settings.rounds) for i in drawn(self.settings, number + 1)[0])
+                   .values())
+        return privacy.guarantee(self.settings, len(self.names), len(self.names), most,
+                                 whole=self.whole and not self.server.refused)
+
     def save(self, number: int) -> None:
         state = {"settings": plain(self.settings), "names": self.names, "run": self.run, "round": number,
-                 "server": self.server.state(), "lines": self.lines, "seconds": time.perf_counter() - self.began}
+                 "whole": self.whole, "server": self.server.state(), "lines": self.lines,
+                 "seconds": time.perf_counter() - self.began}
         write(self.path, lambda path: torch.save(state, path))
 
 
@@ -170,5 +188,10 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     run = context.run_config
     settings, names = parsed(shlex.split(str(run["flags"]))), str(run["users"]).split(",")
-    out = Path(str(run["out"]))
-    print(table(Federation(settings, names, out, Nodes(grid, float(run["patience"])).send).play(), out), flush=True)
+    out, patience, secret = Path(str(run["out"])), float(run["patience"]), bool(run["secret"])
+    check(settings, names, secret)
+    nodes = Nodes(grid, patience)
+    if secret:
+        from flower.secret import Sums
+        nodes = Sums(grid, patience, context, settings.clip_update, settings.rounds)
+    print(table(Federation(settings, names, out, nodes.send).play(), out), flush=True)

@@ -2,8 +2,10 @@
 
     pip install -r flower/requirements.txt
     python -m flower.try_it --users 2 --rounds 3 --out out/flower
+    python -m flower.try_it --users 4 --rounds 3 --clip-update 1 --secret --out out/secret
 
-Takes any flag of train.py, deals its text out to the nodes, and comes to the same figures, bit for bit.
+Takes any flag of train.py, deals its text out to the nodes, and comes to the same figures, bit for bit. With --secret
+the server learns the sum of the users' updates only.
 """
 
 import json
@@ -40,9 +42,11 @@ def free_ports(count: int) -> list[int]:
 
 def wait_for(port: int, process: subprocess.Popen) -> None:
     """Until something listens there, or the process that was to do so has ended."""
-    with socket.socket() as probe:
-        while process.poll() is None and probe.connect_ex(("127.0.0.1", port)):
-            time.sleep(0.5)
+    while process.poll() is None:
+        with socket.socket() as probe:
+            if not probe.connect_ex(("127.0.0.1", port)):
+                return
+        time.sleep(0.5)
 
 
 def deal_out(settings: Settings, out: Path) -> list[str]:
@@ -59,10 +63,11 @@ def deal_out(settings: Settings, out: Path) -> list[str]:
 
 
 class Processes:
-    """Processes that end when the block ends, and so does all that they started."""
+    """Processes that end when the block ends, and so does all that they started. SIGTERM ends it, too."""
 
     def __init__(self, out: Path):
         self.out, self.started = out, []
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
     def start(self, name: str, command: str) -> subprocess.Popen:
         log = open(self.out / f"{name}.log", "w")  # noqa: SIM115, the process holds it
@@ -87,14 +92,14 @@ class Processes:
             process.wait()
 
 
-def try_it(settings: Settings) -> None:
+def try_it(settings: Settings, secret: bool) -> None:
     """Raises BadInput."""
     from flower.server import check  # which needs Flower
     out = Path(settings.out or "out/flower").resolve()
     if out.exists() and any(out.iterdir()):
         raise BadInput(f"`out` {out}: isn't empty; take another folder")
     names = deal_out(settings, out / "devices")
-    check(settings, names)
+    check(settings, names, secret)
     flags = as_arguments(replace(settings, data="builtin", source=None, user_field=None, text_field=None, train_kb=None,
                                  valid_kb=None, out=None))  # devices have their text, dealt as it is to be
     link, *own = free_ports(1 + len(names))
@@ -117,7 +122,8 @@ def try_it(settings: Settings) -> None:
             processes.start(f"devices/{name}",
                             f"flower-supernode --superlink {address} --root-certificates {keys}/ca.crt --port {port} "
                             f"--auth-supernode-private-key {keys}/{name} --node-config {shlex.quote(where)}")
-        given = f'flags={json.dumps(shlex.join(flags))} users="{",".join(names)}" out="{out / "server"}"'
+        given = (f'flags={json.dumps(shlex.join(flags))} users="{",".join(names)}" out="{out / "server"}" '
+                 f"secret={str(secret).lower()}")
         run = processes.start("run", f"flwr run {HERE} here --stream --run-config {shlex.quote(given)}")
         shown = 0
         while run.poll() is None or shown < (out / "run.log").stat().st_size:
@@ -131,7 +137,9 @@ def try_it(settings: Settings) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return status_of("flower.try_it", lambda: try_it(settings_of(arguments)), "its logs are kept")
+    flags = sys.argv[1:] if arguments is None else arguments
+    return status_of("flower.try_it", lambda: try_it(settings_of([flag for flag in flags if flag != "--secret"]),
+                                                     "--secret" in flags), "its logs are kept")
 
 
 if __name__ == "__main__":

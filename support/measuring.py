@@ -17,6 +17,7 @@ from model import GENERALIST, ROLES
 from support.errors import Diverged
 from support.files import kept
 from support.pretrained import Base
+from support.privacy import sentence
 from support.settings import Settings
 from support.trigram import trigram_loss
 
@@ -109,4 +110,6 @@ def table(result: dict, path: Path) -> str:
     lines.append(f"{result['method']}, seed {result['seed']}: {result['rounds']} rounds in {result['seconds']:.0f} s; "
                  f"users sent {result['bytes_up'] / 1e6:.1f} MB and received {result['bytes_down'] / 1e6:.1f} MB; "
                  f"everything is in {path}")
+    if "privacy" in result:
+        lines.append(sentence(result["privacy"]))
     return "\n".join(lines)

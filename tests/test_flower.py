@@ -1,7 +1,9 @@
 """Over Flower a run comes to the bits of train.py, whatever vanishes on the way, and only what may cross does."""
 
+import copy
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -13,10 +15,14 @@ import torch
 import train
 from support.errors import BadInput
 from support.folder import settings_of
+from support.guard import clip
 from test_train import NAMES, command, same, state
 
 pytest.importorskip("flwr", reason="flwr isn't installed: pip install -r flower/requirements.txt")
-from flower import device, server, try_it
+from flwr.app import Context, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from flower import device, secret, server, try_it
 
 ROOT = Path(__file__).parent.parent
 FLAGS = "--specialists 1,2,4 --rounds 4 --average tokens --participation 0.7 --eval-every 2 --lr 1e-2"
@@ -122,10 +128,12 @@ def test_a_round_with_one_answer_passes_and_one_that_isnt_finite_is_refused():
 @pytest.mark.parametrize(("flags", "message"), [
     ("--method centralized --specialists 1", "`method` centralized: .*one place"),
     ("--method pcl --specialists 1", "`method` pcl: isn't an average"),
-    ("--target mixed", "`target` mixed"), ("--drop-rate 0.1", "`drop_rate`")])
+    ("--target mixed", "`target` mixed"), ("--drop-rate 0.1", "`drop_rate`"),
+    ("--specialists 1", "`clip_update` None: is needed"), ("--clip-update 1 --average tokens", "`average` tokens"),
+    ("--clip-update 1 --method fedavg", "`method` fedavg: averages experts that not all users have")])
 def test_what_doesnt_fit_is_refused(flags, message):
     with pytest.raises(BadInput, match=message):
-        Network(flags).federation()
+        server.check(settings_of(command(flags, "unused")), list(NAMES), secret=True)
 
 
 def test_a_device_is_one_user_of_the_run_with_that_users_text():
@@ -137,6 +145,56 @@ def test_a_device_is_one_user_of_the_run_with_that_users_text():
     network.settings = settings_of(command(f"{FLAGS} --seed 1", "unused"))
     with pytest.raises(BadInput, match="holds another run"):
         network.federation()
+
+
+class Wires:
+    """Flower's grid in this process: node i is the device of the i-th name. Keeps the replies that cross it."""
+
+    def __init__(self, network: Network, flags: str):
+        self.run_config = {"flags": shlex.join(command(flags, "unused")), "users": ",".join(NAMES)}
+        self.contexts, self.replies, self.lost = {}, [], lambda node, stage: False
+        for node, name in enumerate(NAMES):
+            home = network.out / name
+            where = {"user": name, "text": str(home / "text.jsonl"), "state": str(home / "states")}
+            self.contexts[node] = Context(1, node, where, RecordDict(), self.run_config)
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.contexts)
+
+    def send_and_receive(self, messages: list, timeout: float | None = None) -> list:
+        replies = []
+        for message in messages:
+            node, asked = message.metadata.dst_node_id, message.content.config_records
+            if not self.lost(node, asked["secaggplus_configs"]["stage"] if "secaggplus_configs" in asked else None):
+                replies.append(device.app(copy.deepcopy(message), self.contexts[node]))
+        self.replies += replies
+        return replies
+
+
+@pytest.mark.parametrize("lost", [None, "anna"])
+def test_a_secret_sum_is_the_mean_of_the_updates_of_those_who_stayed(lost, monkeypatch):
+    """anna vanishes when she has already shared her keys."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 9)
+    flags, bound = "--specialists 1,2,4 --rounds 1 --clip-update 0.5", 0.5
+    network = Network(flags)
+    run, wires = network.federation(), Wires(network, flags)
+    given = {name: run.server.give(shapes) for name, shapes in run.shared.items()}
+    wires.lost = lambda node, stage: NAMES[node] == lost and stage == "collect_masked_vectors"
+    sums = secret.Sums(wires, 60, Context(1, 9, {}, RecordDict(), wires.run_config), bound, 1)
+    answers = sums.send(run.run, 1, given)
+    stayed = [name for name in NAMES if name != lost]
+    assert list(answers) == stayed
+    own = {name: clip(answer, given[name], bound) for name, (answer, _) in network.send(run.run, 1, given).items()}
+    for key, held in given["bert"].items():
+        mean = sum(own[name][key] for name in stayed) / len(stayed)
+        assert not torch.equal(mean, held)
+        for answer, _ in answers.values():
+            torch.testing.assert_close(answer[key], mean, rtol=0, atol=2 * bound / 2 ** 22 + 1e-7)
+    for reply in wires.replies:  # masked: of a single device's numbers the server can make nothing
+        assert not any(reply.content.array_records.values())
+        assert reply.content.config_records.keys() <= {"told", "secaggplus_configs", "fitres.num_examples",
+                                                       "fitres.metrics", "fitres.status"}
 
 
 def test_the_whole_of_it_on_this_machine_leaves_nothing_behind():

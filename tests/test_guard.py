@@ -7,6 +7,7 @@ import torch
 
 from federated import Server
 from support.guard import Guard
+from support.privacy import epsilon
 from tiny import Stranger, same, seeded
 
 HELD = {"a": torch.zeros(200, 200), "b": torch.zeros(200, 200)}
@@ -79,3 +80,11 @@ def test_noise_comes_from_the_guards_generator_alone_whose_state_a_guard_can_loa
         assert one.refused == two.refused != []
         take(one, HELD, None)
         take(two, HELD, None)
+
+
+def test_epsilon_is_the_accountants_published_one_and_falls_with_noise_and_participation():
+    """dp-accounting's tests: noise of 4.530877117 sensitivities is (1, 1e-6)-private. Ours are two bounds."""
+    pytest.importorskip("dp_accounting", reason="dp-accounting isn't installed")
+    assert epsilon(2 * 4.530877117, 1, 10, 10, 1e-6) == pytest.approx(1, abs=1e-5)
+    most = epsilon(4, 10, 100, 100, 1e-3)
+    assert all(epsilon(*less, 1e-3) < most for less in ((8, 10, 100, 100), (4, 5, 100, 100), (4, 10, 100, 10)))

@@ -15,7 +15,7 @@ import data
 import train
 from methods import METHODS, OWN
 from model import BACKBONE, GPT, ROUTER, SPECIALIST, GPTConfig
-from support import folder, measuring, page, pretrained, settings
+from support import folder, measuring, page, pretrained, privacy, settings
 from support.settings import Settings, as_flags, parsed, status_of
 from support.trigram import trigram_loss
 
@@ -304,3 +304,13 @@ def test_help_explains_every_flag_once_under_one_of_the_headings(capsys):
         assert flag.help
         assert len(re.findall(rf"^  --{name.replace('_', '-')}\b", printed, re.M)) == 1
     assert "(default: comigs)" in printed
+
+
+@pytest.mark.parametrize(("flags", "why"), [("", None), ("--drop-rate 0.5", "an answer is missing from an average")])
+def test_a_run_with_noise_says_what_it_guarantees_and_nothing_if_an_answer_is_missing(flags, why, capsys):
+    pytest.importorskip("dp_accounting", reason="dp-accounting isn't installed")
+    told = run(f"--clip-update 1 --dp-noise 2 {flags}")["privacy"]
+    assert told["delta"] == pytest.approx(3 ** -1.1)
+    assert told["why"] == why
+    assert told["epsilon"] == (None if why else privacy.epsilon(2, 3, 3, 3, told["delta"]))
+    assert (f"privacy: no ε ({why})" if why else "worth little") in capsys.readouterr().out
