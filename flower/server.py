@@ -101,13 +101,15 @@ class Federation:
         """Play the rounds that are left; returns what result.json holds. A round with a single answer passes."""
         for number in range(self.done + 1, self.settings.rounds + 1):
             called = [self.names[i] for i in drawn(self.settings, number)[0]]
-            answers = self.ask(number, called)
+            answers, refused = self.ask(number, called), len(self.server.refused)
             if len(answers) >= min(2, len(self.names)):
                 self.server.take({Remote(name, weight, self.shared[name]): answers[name][0]
                                   for name in self.names  # in this order, whoever came first
                                   if name in answers and (weight := self.weight(answers[name][1]))})
             self.whole &= len(answers) == len(called)  # everyone who was called is in the average
             print(f"round {number}: {len(answers)} of {len(called)} answered", flush=True)
+            for name, reason in self.server.refused[refused:]:
+                print(f"round {number}: the answer of user {name} was refused: {reason}", flush=True)
             self.save(number)
         answers = self.ask(self.settings.rounds + 1, self.names)
         if missing := [name for name in self.names if name not in answers]:
