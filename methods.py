@@ -251,7 +251,8 @@ class Method:
             (self.sizes != "ranks" and lora and ranks > 1, "averages the users' changes; give one `lora_rank` for all"),
             (settings.clip_update and not self.server.bounded, "has no updates to clip; leave `clip_update` out"),
             (settings.dp_noise and self.server is not Server, "has a server of its own; leave `dp_noise` out"),
-            (settings.dp_noise and self.roles.get(SPECIALIST) == GENERALIST and sizes > 1,
+            (settings.dp_noise and self.roles == OWN, "averages nothing; leave `dp_noise` out"),
+            (settings.dp_noise and GENERALIST in self.roles.values() and sizes > 1,
              "averages experts that not all users have; with `dp_noise` give one number of `specialists` for all"),
         ):
             if wrong:

@@ -9,6 +9,7 @@ of metrics.jsonl and result.json, and, if it can't answer, why.
 
 import json
 import shlex
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,20 +34,24 @@ from train import build_largest, build_own, rhythm_of
 def own(settings: Settings, number: int, text: str) -> Settings:
     """The settings by which user `number` reads its text."""
     several = {name: getattr(settings, name) for name, flag in flags(Settings).items() if flag.many}
-    return replace(settings, users=1, data=text, source=None, **{
+    return replace(settings, users=1, data=text, source=None, dp_noise=0.0, **{  # noise is the server's business
         name: values and (values[number],) for name, values in several.items()})
 
 
+class Refusal(BadInput):
+    """What a device may say of why it doesn't answer: nothing of its text."""
+
+
 class Device:
-    """User `user` of a run: the one of `names` that is on this device. Raises BadInput."""
+    """User `user` of a run: the one of `names` that is on this device. Raises Refusal, and BadInput for its text."""
 
     def __init__(self, settings: Settings, names: list[str], user: str, text: str, state: Path):
         if user not in names:
-            raise BadInput(f"user {user}: not in this run; it has {', '.join(names)}")
+            raise Refusal(f"user {user}: not in this run; it has {', '.join(names)}")
         self.settings, self.state, self.base = settings, state, starting_point(settings)
         self.text, = data.load(own(settings, names.index(user), text), self.base.encoding)
         if self.text.name != user:
-            raise BadInput(f"text {text}: is user {self.text.name}'s, not {user}'s; correct one of them")
+            raise Refusal(f"user {user}: the text on this device is another user's")
         self.common = build_largest(settings, self.base, "server")
         self.user = build_own(settings, self.base, self.common, self.text, names.index(user))
 
@@ -60,7 +65,7 @@ class Device:
         else:
             saved = self.begin()
         if saved["round"] > number:
-            raise BadInput(f"round {number}: is over; this device has had round {saved['round']}")
+            raise Refusal(f"round {number}: is over; this device has had round {saved['round']}")
         new = saved["round"] < number
         if new:
             saved |= self.play(number, given, saved)
@@ -108,9 +113,13 @@ def who(message: Envelope, context: Context) -> Envelope:
 @app.train(mods=[secretly])
 def learn(message: Envelope, context: Context) -> Envelope:
     here, run, asked = context.node_config, context.run_config, message.content["asked"]
-    device = Device(parsed(shlex.split(str(run["flags"]))), str(run["users"]).split(","), str(here["user"]),
-                    str(here["text"]), Path(str(here["state"])))
     given = message.content["generalists"].to_torch_state_dict()
-    answer, told = device.answer(asked["run"], asked["round"], given)
+    try:
+        device = Device(parsed(shlex.split(str(run["flags"]))), str(run["users"]).split(","), str(here["user"]),
+                        str(here["text"]), Path(str(here["state"])))
+        answer, told = device.answer(asked["run"], asked["round"], given)
+    except Exception as error:  # Flower sends its message, which may quote the text
+        traceback.print_exc()
+        raise Refusal(str(error) if isinstance(error, Refusal) else f"{type(error).__name__}, see its log") from None
     return Envelope(RecordDict({"generalists": ArrayRecord(answer), "told": ConfigRecord({"json": json.dumps(told)})}),
                     reply_to=message)

@@ -5,7 +5,9 @@
 # that user's device, USER.pub to whoever registers nodes; ca.key, which can sign more, into a drawer.
 # What is there already stays; so users can be added. Needs OpenSSL 3 and ssh-keygen.
 set -euo pipefail
-mkdir -p "$1" && cd "$1" && umask 077
+umask 077
+mkdir -p "$1"
+cd "$1"
 case $2 in *[!0-9.]*) kind=DNS ;; *) kind=IP ;; esac
 curve="-newkey ec -pkeyopt ec_paramgen_curve:secp384r1 -nodes"
 [ -e ca.crt ] || openssl req -x509 $curve -days 3650 -subj "/CN=CoMiGS" -keyout ca.key -out ca.crt

@@ -5,6 +5,7 @@ rounds it to multiples of 2C / 2²², and hides it under masks that cancel out i
 """
 
 import json
+import math
 import shlex
 import time
 
@@ -27,8 +28,6 @@ from support.errors import BadInput
 from support.guard import clip, fault
 from support.settings import parsed
 
-THRESHOLD = 2 / 3  # of a round's devices have to stay until its end
-
 
 def arrays(message: Message) -> list:
     return [tensor.numpy() for tensor in message.values()]
@@ -50,8 +49,12 @@ def secretly(message: Envelope, context: Context, call_next) -> Envelope:
         reply.content = fitres_to_recorddict(FitRes(
             Status(Code.OK, ""), ndarrays_to_parameters(arrays(change)), 1, dict(reply.content["told"])), False)
         return reply
-    return (secaggplus_mod(message, context, answer) if RECORD_KEY_CONFIGS in message.content
-            else call_next(message, context))
+    if RECORD_KEY_CONFIGS in message.content:
+        return secaggplus_mod(message, context, answer)
+    last = parsed(shlex.split(str(context.run_config["flags"]))).rounds < message.content["asked"]["round"]
+    if context.run_config["secret"] and not last:  # when no generalists leave the device
+        raise BadInput("this run is secret: updates leave the device in a sum only")
+    return call_next(message, context)
 
 
 def update(answer: Message, held: Message, bound: float) -> Message:
@@ -82,26 +85,37 @@ class Sums(Nodes):
 
     def __init__(self, grid: Grid, patience: float, context: Context, bound: float, rounds: int):
         super().__init__(grid, patience)
-        self.context, self.rounds = context, rounds
-        self.protocol = SecAggPlusWorkflow(1.0, THRESHOLD, max_weight=1.0, clipping_range=bound, timeout=patience)
+        self.context, self.bound, self.rounds = context, bound, rounds
 
     def send(self, run: str, number: int, messages: dict[str, Message]) -> Answers:
-        """All who are called are waited for. If too few of them stay, nobody has answered."""
+        """Needs all who are called, and two thirds of them until the end; else nobody has answered."""
         if number > self.rounds:  # no generalists leave a device then
             return super().send(run, number, messages)
         until = time.monotonic() + self.patience
-        while messages.keys() - (nodes := self.greet()).keys() and time.monotonic() < until:
+        while missing := messages.keys() - (nodes := self.greet()).keys():
+            if time.monotonic() > until:
+                print(f"round {number}: {', '.join(sorted(missing))} can't be reached", flush=True)
+                return {}
             time.sleep(self.pause)
-        names = {nodes[name]: name for name in messages if name in nodes}
+        names = {nodes[name]: name for name in messages}
         asking = Asking([(GridClientProxy(node, self.grid, self.context.run_id), FitIns(
             ndarrays_to_parameters(arrays(messages[name])),
             {"run": run, "round": number, "names": json.dumps(list(messages[name]))})) for node, name in names.items()])
         context = LegacyContext(self.context, strategy=asking)
         context.state[MAIN_CONFIGS_RECORD] = ConfigRecord({Key.CURRENT_ROUND: number})
         context.state[MAIN_PARAMS_RECORD] = ArrayRecord()
-        self.protocol(self.grid, context)
+        SecAggPlusWorkflow(1.0, math.ceil(len(names) * 2 / 3), max_weight=1.0, clipping_range=self.bound,
+                           timeout=self.patience)(self, context)
         answers = {names[proxy.node_id]: mean for proxy, mean in asking.answered}
         return {name: (moved(messages[name], mean), json.loads(mean.metrics["json"])) for name, mean in answers.items()}
+
+    def send_and_receive(self, messages: list[Envelope], timeout: float | None) -> list[Envelope]:
+        """The grid's, which the protocol uses, and prints why somebody didn't answer."""
+        replies = list(self.grid.send_and_receive(messages, timeout=timeout))
+        for reply in replies:
+            if reply.has_error():
+                print(f"user {self.owner.get(reply.metadata.src_node_id)}: {reply.error.reason}", flush=True)
+        return replies
 
 
 def moved(held: Message, mean: FitRes) -> Message:

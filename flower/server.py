@@ -20,16 +20,23 @@ from flwr.serverapp import Grid, ServerApp
 
 from federated import Message
 from methods import METHODS
-from model import GENERALIST, SPECIALIST
+from model import GENERALIST
 from support import privacy
 from support.errors import BadInput
-from support.files import write, write_json, write_text
+from support.files import locked, write, write_json, write_text
 from support.measuring import result_of, table
 from support.settings import Settings, parsed, plain, refuse
 from support.start import starting_point
 from train import build_largest, build_model, build_server, called_of, drawn
 
 Answers = dict[str, tuple[Message, dict]]  # by user: generalists, and what else it told
+
+
+def sound(told: dict, last: bool) -> bool:
+    """Whether what a device told is what a run needs."""
+    kinds = {"weight": int | float, "lines": list} | ({"row": dict, "counts": dict} if last else {})
+    return (isinstance(told, dict) and all(isinstance(told.get(name), kind) for name, kind in kinds.items())
+            and all(isinstance(line, dict) and isinstance(line.get("round"), int) for line in told["lines"]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +48,7 @@ class Remote:
     shared: dict[str, torch.Size]
 
 
-def check(settings: Settings, names: list[str], secret: bool = False) -> None:
+def check(settings: Settings, names: list[str], secret: bool) -> None:
     """secret: whether only sums of updates reach the server. Raises BadInput."""
     method = METHODS[settings.method]
     for wrong, name, why in (
@@ -51,10 +58,12 @@ def check(settings: Settings, names: list[str], secret: bool = False) -> None:
         (not method.server.bounded, "method", "isn't an average of updates"),
         (settings.target == "mixed", "target", "a device has its own text only"),
         (settings.drop_rate, "drop_rate", "real devices vanish by themselves"),
-        (settings.users > 1 == called_of(settings)[1], "participation", "calls one user, whom no other could hide"),
+        (called_of(settings)[1] == 1 < settings.users, "participation", "calls one user, whom no other could hide"),
+        (settings.device != "cpu", "device", "would be the same for everyone"),
+        (secret and not 1 < settings.users < 1000, "users", "can't be so many where updates are secret"),
         (secret and not settings.clip_update, "clip_update", "is needed where updates are secret"),
         (secret and settings.average != "uniform", "average", "isn't possible where updates are secret"),
-        (secret and method.roles.get(SPECIALIST) == GENERALIST and len(set(settings.specialists)) > 1, "method",
+        (secret and GENERALIST in method.roles.values() and len(set(settings.specialists)) > 1, "method",
          "averages experts that not all users have, which isn't possible where updates are secret"),
     ):
         if wrong:
@@ -62,39 +71,47 @@ def check(settings: Settings, names: list[str], secret: bool = False) -> None:
 
 
 class Federation:
-    """A run's server. send: gives messages to users in a round, and returns the answers that came. Raises BadInput."""
+    """A run's server. send: gives messages to users in a round, and returns the answers that came. secret: as in check.
+    Raises BadInput."""
 
     def __init__(self, settings: Settings, names: list[str], out: Path,
-                 send: Callable[[str, int, dict[str, Message]], Answers]):
+                 send: Callable[[str, int, dict[str, Message]], Answers], secret: bool = False):
+        check(settings, names, secret)
         self.settings, self.names, self.out, self.send, self.began = settings, names, out, send, time.perf_counter()
-        base = starting_point(settings)
+        self.what = plain(settings) | {"names": names, "secret": secret}
+        base, sizes = starting_point(settings), list(zip(settings.specialists, settings.lora_rank, strict=True))
         self.server = build_server(settings, build_largest(settings, base, "server"))
-        self.shared = {name: {key: parameter.shape for key, parameter in build_model(
-            settings, base, S, rank, name).having(GENERALIST).items()}
-            for name, S, rank in zip(names, settings.specialists, settings.lora_rank, strict=True)}
+        if settings.dp_noise:
+            self.server.generator = None  # the devices know the run's seed
+        shapes = {size: {key: parameter.shape for key, parameter in build_model(
+            settings, base, *size, "shapes").having(GENERALIST).items()} for size in set(sizes)}
+        self.shared = {name: shapes[size] for name, size in zip(names, sizes, strict=True)}
         self.run, self.done, self.lines, self.whole = secrets.token_hex(8), 0, {}, True
         self.path = out / "server.pt"
+        try:
+            self.lock = locked(out)
+        except BlockingIOError:
+            raise BadInput(f"`out` {out}: another server works in it; wait until it has ended") from None
         if self.path.exists():
             saved = torch.load(self.path, weights_only=True)
-            if (saved["settings"], saved["names"]) != (plain(settings), names):
+            if saved["what"] != self.what:
                 raise BadInput(f"`out` {out}: holds another run; take another folder")
             self.server.load(saved["server"])
             self.run, self.done, self.lines, self.whole = (saved[name] for name in ("run", "round", "lines", "whole"))
             self.began -= saved["seconds"]
         else:
-            if settings.dp_noise:  # the devices know the run's seed
-                self.server.generator.manual_seed(secrets.randbits(63))
             self.save(0)  # so that a run that is started again is the same to its devices
 
     def ask(self, number: int, names: list[str]) -> Answers:
-        answers = self.send(self.run, number, {name: self.server.give(self.shared[name]) for name in names})
+        came = self.send(self.run, number, {name: self.server.give(self.shared[name]) for name in names})
+        answers = {name: answer for name, answer in came.items() if sound(answer[1], number > self.settings.rounds)}
         for name, (_, told) in answers.items():
             self.lines |= {(line["round"], self.names.index(name)): line | {"user": name} for line in told["lines"]}
         return answers
 
     def weight(self, told: dict) -> float:
         """What a user asks for, where weights are tokens; 0, if that is no weight."""
-        asked = float(told["weight"]) if self.settings.average == "tokens" else 1.0
+        asked = told["weight"] if self.settings.average == "tokens" else 1.0
         return asked if 0 < asked < math.inf else 0.0
 
     def play(self) -> dict:
@@ -114,7 +131,8 @@ class Federation:
         answers = self.ask(self.settings.rounds + 1, self.names)
         if missing := [name for name in self.names if name not in answers]:
             print(f"the result is without {', '.join(missing)}, who didn't answer", flush=True)
-        told = [answers[name][1] for name in self.names if name in answers]
+        if not (told := [answers[name][1] for name in self.names if name in answers]):
+            raise BadInput("nobody is left to be tested; start this run again when devices are there")
         result = result_of(self.settings, [each["row"] for each in told], [each["counts"] for each in told],
                            len(self.server.refused), time.perf_counter() - self.began) | self.privacy()
         write_text(self.out / "metrics.jsonl", "".join(json.dumps(self.lines[key]) + "\n"
@@ -131,9 +149,8 @@ class Federation:
                                  whole=self.whole and not self.server.refused)
 
     def save(self, number: int) -> None:
-        state = {"settings": plain(self.settings), "names": self.names, "run": self.run, "round": number,
-                 "whole": self.whole, "server": self.server.state(), "lines": self.lines,
-                 "seconds": time.perf_counter() - self.began}
+        state = {"what": self.what, "run": self.run, "round": number, "whole": self.whole, "lines": self.lines,
+                 "server": self.server.state(), "seconds": time.perf_counter() - self.began}
         write(self.path, lambda path: torch.save(state, path))
 
 
@@ -191,9 +208,8 @@ def main(grid: Grid, context: Context) -> None:
     run = context.run_config
     settings, names = parsed(shlex.split(str(run["flags"]))), str(run["users"]).split(",")
     out, patience, secret = Path(str(run["out"])), float(run["patience"]), bool(run["secret"])
-    check(settings, names, secret)
     nodes = Nodes(grid, patience)
     if secret:
         from flower.secret import Sums
         nodes = Sums(grid, patience, context, settings.clip_update, settings.rounds)
-    print(table(Federation(settings, names, out, nodes.send).play(), out), flush=True)
+    print(table(Federation(settings, names, out, nodes.send, secret).play(), out), flush=True)

@@ -17,7 +17,8 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,57 +50,58 @@ def wait_for(port: int, process: subprocess.Popen) -> None:
         time.sleep(0.5)
 
 
-def deal_out(settings: Settings, out: Path) -> list[str]:
+def deal_out(settings: Settings, out: Path, secret: bool) -> list[str]:
     """Write each user's text to a folder of its own, as JSON lines. Returns the users' names. Raises BadInput."""
+    from flower.server import check  # which needs Flower
     encoding = starting_point(settings).encoding
     users = dealt(settings, encoding)
     load(settings, encoding, users)  # refuses text that is too short
+    check(settings, list(users), secret)
+    if odd := [name for name in users if not re.fullmatch(r"\w[\w.-]*", name)]:
+        raise BadInput(f"`data` {settings.data}: user {odd[0]} can't have that name here; use letters and digits")
     for name, documents in users.items():
-        if not re.fullmatch(r"[\w.-]+", name):
-            raise BadInput(f"`data` {settings.data}: user {name} can't have that name here; use letters and digits")
         lines = [{"user": name, "split": split, "text": text} for split in SPLITS for text in documents[split]]
         write_text(out / name / "text.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     return list(users)
 
 
-class Processes:
-    """Processes that end when the block ends, and so does all that they started. SIGTERM ends it, too."""
+@contextmanager
+def processes(out: Path) -> Iterator[Callable[[str, str], subprocess.Popen]]:
+    """Gives a function that starts a command, with a log of that name, or with this process's output for none. All end
+    when the block ends, and so does what they have started. SIGTERM and SIGHUP end the block, too."""
+    started = []
 
-    def __init__(self, out: Path):
-        self.out, self.started = out, []
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-
-    def start(self, name: str, command: str) -> subprocess.Popen:
-        log = open(self.out / f"{name}.log", "w")  # noqa: SIM115, the process holds it
+    def start(command: str, name: str, log: bool = True) -> subprocess.Popen:
         program, *rest = shlex.split(command)
+        output = open(out / f"{name}.log", "w") if log else None  # noqa: SIM115, the process holds it
         process = subprocess.Popen(
-            [Path(sys.executable).parent / program, *rest], stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=os.environ | QUIET | {"PYTHONPATH": str(HERE.parent), "FLWR_HOME": str(self.out / name / "home")})
-        self.started.append(process)
+            [Path(sys.executable).parent / program, *rest], stdout=output, stderr=output, start_new_session=True,
+            env=os.environ | QUIET | {"PYTHONPATH": str(HERE.parent), "FLWR_HOME": str(out / name / "home")})
+        started.append(process)
         return process
 
-    def __enter__(self) -> "Processes":
-        return self
-
-    def __exit__(self, *_) -> None:
+    for kind in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(kind, lambda *_: sys.exit(143))
+    try:
+        yield start
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         for kind in (signal.SIGTERM, signal.SIGKILL):
-            for process in self.started:
+            for process in started:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, kind)  # what they started ends when it misses them
             time.sleep(1)
-        for process in self.started:
+        for process in started:
             process.wait()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def try_it(settings: Settings, secret: bool) -> None:
     """Raises BadInput."""
-    from flower.server import check  # which needs Flower
     out = Path(settings.out or "out/flower").resolve()
     if out.exists() and any(out.iterdir()):
         raise BadInput(f"`out` {out}: isn't empty; take another folder")
-    names = deal_out(settings, out / "devices")
-    check(settings, names, secret)
+    names = deal_out(settings, out / "devices", secret)
     flags = as_arguments(replace(settings, data="builtin", source=None, user_field=None, text_field=None, train_kb=None,
                                  valid_kb=None, out=None))  # devices have their text, dealt as it is to be
     link, *own = free_ports(1 + len(names))
@@ -107,31 +109,22 @@ def try_it(settings: Settings, secret: bool) -> None:
     subprocess.run(["bash", HERE / "keys.sh", keys, "127.0.0.1", *names], check=True, capture_output=True)
     write_text(out / "run" / "home" / "config.toml", "[superlink]\ndefault = \"here\"\n\n[superlink.here]\n"
                f'address = "{address}"\nroot-certificates = "{keys / "ca.crt"}"\n')
-    with Processes(out) as processes:
-        superlink = processes.start("superlink", f"flower-superlink --host 127.0.0.1 --port {link} --ssl-ca-certfile "
-                                                 f"{keys}/ca.crt --ssl-certfile {keys}/server.pem --ssl-keyfile "
-                                                 f"{keys}/server.key --enable-supernode-auth "
-                                                 "--disable-runtime-dependency-installation")
+    with processes(out) as start:
+        superlink = start(f"flower-superlink --host 127.0.0.1 --port {link} --ssl-ca-certfile {keys}/ca.crt "
+                          f"--ssl-certfile {keys}/server.pem --ssl-keyfile {keys}/server.key --enable-supernode-auth "
+                          "--disable-runtime-dependency-installation", "superlink")
         wait_for(link, superlink)
         for name in names:
-            if processes.start("run", f"flwr supernode register {keys}/{name}.pub here --name {name}").wait():
+            if start(f"flwr supernode register {keys}/{name}.pub here --name {name}", "run").wait():
                 raise BadInput(f"`out` {out}: the key of {name} couldn't be registered; see run.log there")
         for name, port in zip(names, own, strict=True):
             home = out / "devices" / name
             where = f'user="{name}" text="{home / "text.jsonl"}" state="{home / "states"}"'
-            processes.start(f"devices/{name}",
-                            f"flower-supernode --superlink {address} --root-certificates {keys}/ca.crt --port {port} "
-                            f"--auth-supernode-private-key {keys}/{name} --node-config {shlex.quote(where)}")
+            start(f"flower-supernode --superlink {address} --root-certificates {keys}/ca.crt --port {port} "
+                  f"--auth-supernode-private-key {keys}/{name} --node-config {shlex.quote(where)}", f"devices/{name}")
         given = (f'flags={json.dumps(shlex.join(flags))} users="{",".join(names)}" out="{out / "server"}" '
                  f"secret={str(secret).lower()}")
-        run = processes.start("run", f"flwr run {HERE} here --stream --run-config {shlex.quote(given)}")
-        shown = 0
-        while run.poll() is None or shown < (out / "run.log").stat().st_size:
-            with open(out / "run.log", encoding="utf-8", errors="replace") as log:
-                log.seek(shown)
-                print(log.read(), end="", flush=True)
-                shown = log.tell()
-            time.sleep(1)
+        start(f"flwr run {HERE} here --stream --run-config {shlex.quote(given)}", "run", log=False).wait()
     if not (out / "server" / "result.json").exists():
         raise BadInput(f"`out` {out}: the run has no result; its logs are there")
 

@@ -5,6 +5,12 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # on Windows nothing keeps two processes apart
+    fcntl = None
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
@@ -13,11 +19,26 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         save(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        on_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def on_disk(path: Path) -> None:
+    """Wait until a file is on the disk, so that its machine may lose power."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def locked(folder: Path) -> IO:
+    """Make a folder, and keep other processes out of it as long as this file is open. Raises OSError, and of these
+    BlockingIOError where another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "w")  # noqa: SIM115, it is to stay open
+    if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
 
 
 def write_text(path: Path, text: str) -> None:

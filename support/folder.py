@@ -28,15 +28,10 @@ from data import SPLITS, Text
 from federated import User
 from model import GPT
 from support.errors import BadInput
-from support.files import read_json, write, write_json, write_text
+from support.files import locked, on_disk, read_json, write, write_json, write_text
 from support.guard import Guard
 from support.pretrained import Base
 from support.settings import GROUPS, NO_MEMORY, Settings, given_in, plain, refuse, refuse_rest
-
-try:
-    import fcntl
-except ImportError:  # on Windows nothing keeps two processes apart
-    fcntl = None
 
 FORMAT = 5  # of config.json and checkpoints
 DECIDING = ("model", "bilevel", "federated", "methods", "data", "support/kernels")  # code whose digest is kept
@@ -100,10 +95,7 @@ class Folder:
             raise BadInput(f"`out` {self.path}: holds a run; take another folder, or `overwrite` to start anew in "
                            "it, or `resume` to continue")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path / "lock", "w")  # noqa: SIM115, it is to stay open
-            if fcntl:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lock = locked(self.path)
             if not settings.resume:
                 for path in old:
                     path.unlink()
@@ -121,9 +113,8 @@ class Folder:
     def save(self, state: dict) -> None:
         """Write a checkpoint; the last one becomes the previous one."""
         def to_disk(path: Path) -> None:
-            with open(path, "wb") as file:
-                torch.save({"format": FORMAT, "lines": self.lines, **state}, file)
-                os.fsync(file.fileno())
+            torch.save({"format": FORMAT, "lines": self.lines, **state}, path)
+            on_disk(path)
             if (self.path / "checkpoint.pt").exists():
                 os.replace(self.path / "checkpoint.pt", self.path / "previous.pt")
         write(self.path / "checkpoint.pt", to_disk)

@@ -4,6 +4,9 @@ gets noise.
     server = Guard(Server(generalists), bound=1.0, noise=0.5, generator=torch.Generator())
 """
 
+import secrets
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,11 +36,18 @@ def clip(answer: Message, held: Message, bound: float) -> Message:
             for name, tensor in answer.items()}
 
 
+def secret_normal(shape: torch.Size) -> Tensor:
+    """Numbers from N(0, 1), from the operating system: √2 · erf⁻¹(2u − 1), with u from (0, 1), of 52 bits."""
+    bits = np.frombuffer(secrets.token_bytes(8 * shape.numel()), np.uint64) >> 12
+    return 2 ** 0.5 * torch.erfinv(torch.from_numpy((bits + 0.5) / 2 ** 51 - 1)).view(shape)
+
+
 class Guard:
     """A server behind a guard.
 
     bound: C, of an update's norm, if there is one. noise: z; with a bound, every number of an average of n answers gets
-    noise from N(0, (z·C/n)²) (DP-FedAvg, McMahan et al. 2018, for equal weights).
+    noise from N(0, (z·C/n)²) (DP-FedAvg, McMahan et al. 2018, for equal weights). It is drawn by the generator; without
+    one, from the operating system, so that nobody can draw it again.
     """
 
     def __init__(self, server: Server, bound: float | None = None, noise: float = 0.0,
@@ -67,8 +77,9 @@ class Guard:
     def blur(self, spread: float) -> None:
         """θ^G ← θ^G + N(0, spread²)."""
         for name, tensor in self.generalists.items():
-            noise = torch.randn(tensor.shape, generator=self.generator).to(tensor)
-            self.generalists[name] = tensor + spread * noise
+            normal = (torch.randn(tensor.shape, generator=self.generator) if self.generator
+                      else secret_normal(tensor.shape))
+            self.generalists[name] = tensor + spread * normal.to(tensor)
 
     def state(self) -> dict:
         """Everything that the next rounds depend on, and who was refused."""

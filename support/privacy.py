@@ -43,5 +43,5 @@ def sentence(told: dict) -> str:
     if told["epsilon"] is None:
         return f"privacy: no ε ({told['why']})"
     worth = "; worth little, with so large a δ" if told["delta"] > WORTH else ""
-    return (f"privacy of a user, in the averages that others get: ε = {told['epsilon']:.3g} at δ = {told['delta']:.2g}"
-            f"{worth}")
+    return (f"privacy of a user, from whoever sees the averages only: ε = {told['epsilon']:.3g} at "
+            f"δ = {told['delta']:.2g}{worth}")

@@ -213,6 +213,9 @@ class Settings(Training):
                "leave it out") for name in ("user_field", "text_field")),
             (self.dp_noise and not self.clip_update, "dp_noise", "needs a bound", "give `clip_update`"),
             (self.dp_noise and self.average != "uniform", "dp_noise", "is for equal weights", "take `average` uniform"),
+            (self.dp_noise and self.target == "mixed", "dp_noise",
+             "doesn't hide text that others' routers learn from", "take `target` own"),
+            (self.dp_noise and self.users == 1, "dp_noise", "hides a user among others", "give `users` 2 or more"),
             (self.resume and self.overwrite, "overwrite", "not together with `resume`", "take one of them"),
         ):
             if wrong:

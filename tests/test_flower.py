@@ -16,10 +16,12 @@ import train
 from support.errors import BadInput
 from support.folder import settings_of
 from support.guard import clip
+from support.privacy import epsilon
 from test_train import NAMES, command, same, state
 
 pytest.importorskip("flwr", reason="flwr isn't installed: pip install -r flower/requirements.txt")
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Error, RecordDict
+from flwr.app import Message as Envelope
 from flwr.supercore.task_identity import TaskIdentity
 
 from flower import device, secret, server, try_it
@@ -29,11 +31,11 @@ FLAGS = "--specialists 1,2,4 --rounds 4 --average tokens --participation 0.7 --e
 
 
 class Network:
-    """Devices in this process, a new object for every message. Keeps what they told."""
+    """Devices in this process, a new object for every message."""
 
     def __init__(self, flags: str = FLAGS, out: str = "flower"):
-        self.settings, self.told, self.out = settings_of(command(flags, "unused")), [], Path(out)
-        try_it.deal_out(self.settings, self.out)
+        self.settings, self.out = settings_of(command(flags, "unused")), Path(out)
+        try_it.deal_out(self.settings, self.out, secret=False)
         self.absent = lambda name, number: False
 
     def device(self, name: str, **more) -> device.Device:
@@ -45,11 +47,53 @@ class Network:
         for name in reversed(messages):  # in another order than they are averaged
             if not self.absent(name, number):
                 answers[name] = self.device(name).answer(run, number, messages[name])
-                self.told.append(answers[name][1])
         return answers
 
     def federation(self) -> server.Federation:
         return server.Federation(self.settings, list(NAMES), self.out / "server", self.send)
+
+
+class Wires:
+    """Flower's grid in this process: node i is the device of the i-th name, and the last one says that it is, too.
+    Keeps the replies that cross it. lost: whether a node doesn't answer a message of SecAgg+'s stage."""
+
+    def __init__(self, network: Network, flags: str, secret: bool = False):
+        run = {"flags": shlex.join(command(flags, "unused")), "users": ",".join(NAMES), "secret": secret}
+        self.contexts, self.replies, self.waiting, self.lost = {}, [], {}, lambda node, stage: False
+        for node, name in enumerate((*NAMES, NAMES[-1])):
+            home = network.out / name
+            where = {"user": name, "text": str(home / "text.jsonl"), "state": str(home / "states")}
+            self.contexts[node] = Context(1, node, where, RecordDict(), run)
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.contexts)
+
+    def send_and_receive(self, messages: list, timeout: float | None = None) -> list:
+        replies = []
+        for message in messages:
+            node, stage = message.metadata.dst_node_id, message.content.get("secaggplus_configs", {}).get("stage")
+            if not self.lost(node, stage):
+                try:
+                    replies.append(device.app(copy.deepcopy(message), self.contexts[node]))
+                except Exception as error:  # as Flower does
+                    replies.append(Envelope(Error(0, str(error)), reply_to=message))
+        self.replies += replies
+        return replies
+
+    def push_messages(self, messages: list) -> list[str]:
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(len(self.replies))
+            self.waiting[message.metadata.message_id], = self.send_and_receive([message])
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, asked: list[str]) -> list:
+        return [self.waiting.pop(number) for number in asked]
+
+
+@pytest.fixture(autouse=True)
+def _task(monkeypatch):
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 9)
 
 
 @pytest.fixture(autouse=True)
@@ -72,17 +116,82 @@ def assert_as_train(network: Network, flags: str = FLAGS) -> None:
         assert same(torch.load(path, weights_only=True)["user"], user)
 
 
+LINE = {"round", "user", "train_loss", "valid_loss", "generalist_share", "bytes_up", "bytes_down"}
+ROW = {"name", "generalists", "specialists", "train_bytes", "train_tokens", "parameters", "valid_ppl", "test_ppl_start",
+       "test_ppl", "test_bpb", "trigram_ppl", "generalist_share"}
+COUNTS = {"tokens_seen", "bytes_up", "bytes_down"}
+
+
 def test_a_run_over_messages_comes_to_the_same_bits_and_only_what_may_cross_does():
     network = Network()
-    network.federation().play()
+    wires = Wires(network, FLAGS)
+    server.Federation(network.settings, list(NAMES), network.out / "server",
+                      server.Nodes(wires, 60, pause=0).send).play()
     assert_as_train(network)
-    columns = json.loads(Path("plain/metrics.jsonl").read_text().splitlines()[0]).keys()
-    row = json.loads(Path("plain/result.json").read_text())["users"][0].keys()
-    for told in network.told:
-        assert told.keys() - {"row", "counts"} == {"weight", "lines"}
-        assert all(line.keys() == columns for line in told["lines"])
-        assert told.get("row", dict.fromkeys(row)).keys() == row
-        assert set(told.get("counts", ())) <= {"tokens_seen", "bytes_up", "bytes_down"}
+    shared = state("plain")["server"]["generalists"].keys()
+    told = [reply.content for reply in wires.replies if reply.metadata.message_type == "train"]
+    for content in told:
+        assert content.keys() == {"generalists", "told"}
+        assert content["generalists"].keys() in (shared, set())
+        assert content["told"].keys() == {"json"}
+    said = [json.loads(content["told"]["json"]) for content in told]
+    for each in said:
+        assert each.keys() in ({"weight", "lines"}, {"weight", "lines", "row", "counts"})
+        assert all(line.keys() == LINE for line in each["lines"])
+        assert all(isinstance(value, str | int | float | None) or len(value) == 1  # a number for the only layer
+                   for line in each["lines"] for value in line.values())
+    last = [each for each in said if "row" in each]
+    assert len(last) == 3  # of two nodes with one name one is asked
+    assert all(each["row"].keys() == ROW and each["counts"].keys() == COUNTS for each in last)
+    others = {content.get("told") and content["told"]["user"] for reply in wires.replies
+              if reply.metadata.message_type == "query" for content in [reply.content]}
+    assert others == set(NAMES)
+
+
+def test_an_error_that_leaves_a_device_doesnt_quote_its_text():
+    network = Network()
+    wires = Wires(network, FLAGS)
+    wires.contexts[0].node_config["text"] = "headless.csv"
+    Path("headless.csv").write_text("patient A. was ill\npatient B. wasn't\n")
+    nodes, given = server.Nodes(wires, 0.1, pause=0), network.federation().server.generalists
+    assert nodes.send("1", 1, {"anna": given}) == {}
+    assert wires.replies[-1].error.reason == "BadInput, see its log"
+
+
+@pytest.mark.parametrize("told", [[], {}, {"weight": 1}, {"weight": 1, "lines": None}, {"weight": "x", "lines": []},
+                                  {"weight": 1, "lines": [{"x": 1}]}])
+def test_a_malformed_answer_is_none(told):
+    network, send = Network("--specialists 1 --rounds 1"), Network.send
+    network.send = lambda *given: {name: (answer, told if name == "bert" else right)
+                                   for name, (answer, right) in send(network, *given).items()}
+    assert [user["name"] for user in network.federation().play()["users"]] == ["anna", "cleo"]
+
+
+@pytest.mark.parametrize("absent", [None, "anna"])
+def test_noise_is_nobodys_to_draw_again_and_counts_for_whoever_was_called_most_often(absent, capsys):
+    pytest.importorskip("dp_accounting", reason="dp-accounting isn't installed")
+    flags = "--specialists 1 --rounds 4 --participation 0.7 --clip-update 0.1 --dp-noise 3"
+    ends = []
+    for out in ("one", "two"):
+        network = Network(flags, out)
+        network.absent = lambda name, number: name == absent and number == 2
+        run = network.federation()
+        found = run.play()["privacy"]
+        ends.append(run.server.generalists)
+    assert not same(*ends)
+    most = max(sum(i in train.drawn(run.settings, number)[0] for number in range(1, 5)) for i in range(3))
+    assert most < 4
+    assert found["epsilon"] == (None if absent else epsilon(3, most, 3, 3, found["delta"]))
+
+
+def test_two_servers_dont_work_in_one_folder_and_a_secret_run_isnt_continued_in_the_clear():
+    network = Network("--specialists 1 --clip-update 1")
+    run = server.Federation(network.settings, list(NAMES), network.out / "server", network.send, secret=True)
+    with pytest.raises(BadInput, match="another server works in it"):
+        network.federation()
+    run.lock.close()
+    with pytest.raises(BadInput, match="holds another run"):
+        network.federation()
 
 
 class Killed(BaseException):
@@ -138,63 +247,50 @@ def test_what_doesnt_fit_is_refused(flags, message):
 
 def test_a_device_is_one_user_of_the_run_with_that_users_text():
     network = Network()
-    for user, message in (("zoe", "not in this run"), ("bert", "is user anna's, not bert's")):
+    for user, message in (("zoe", "not in this run"), ("bert", "text on this device is another user's")):
         with pytest.raises(BadInput, match=message):
             network.device("anna", user=user)
-    network.federation().play()
+    run = network.federation()
+    run.play()
+    run.lock.close()
     network.settings = settings_of(command(f"{FLAGS} --seed 1", "unused"))
     with pytest.raises(BadInput, match="holds another run"):
         network.federation()
 
 
-class Wires:
-    """Flower's grid in this process: node i is the device of the i-th name. Keeps the replies that cross it."""
-
-    def __init__(self, network: Network, flags: str):
-        self.run_config = {"flags": shlex.join(command(flags, "unused")), "users": ",".join(NAMES)}
-        self.contexts, self.replies, self.lost = {}, [], lambda node, stage: False
-        for node, name in enumerate(NAMES):
-            home = network.out / name
-            where = {"user": name, "text": str(home / "text.jsonl"), "state": str(home / "states")}
-            self.contexts[node] = Context(1, node, where, RecordDict(), self.run_config)
-
-    def get_node_ids(self) -> list[int]:
-        return list(self.contexts)
-
-    def send_and_receive(self, messages: list, timeout: float | None = None) -> list:
-        replies = []
-        for message in messages:
-            node, asked = message.metadata.dst_node_id, message.content.config_records
-            if not self.lost(node, asked["secaggplus_configs"]["stage"] if "secaggplus_configs" in asked else None):
-                replies.append(device.app(copy.deepcopy(message), self.contexts[node]))
-        self.replies += replies
-        return replies
-
-
-@pytest.mark.parametrize("lost", [None, "anna"])
-def test_a_secret_sum_is_the_mean_of_the_updates_of_those_who_stayed(lost, monkeypatch):
-    """anna vanishes when she has already shared her keys."""
-    for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 9)
-    flags, bound = "--specialists 1,2,4 --rounds 1 --clip-update 0.5", 0.5
+@pytest.mark.parametrize("lost", [None, 0])
+def test_a_secret_sum_is_the_mean_of_the_clipped_updates_of_those_who_stayed(lost):
+    """anna, node 0, vanishes when she has already shared her keys."""
+    flags, bound = "--specialists 1,2,4 --rounds 1 --clip-update 0.02", 0.02
     network = Network(flags)
-    run, wires = network.federation(), Wires(network, flags)
+    run, wires = network.federation(), Wires(network, flags, secret=True)
     given = {name: run.server.give(shapes) for name, shapes in run.shared.items()}
-    wires.lost = lambda node, stage: NAMES[node] == lost and stage == "collect_masked_vectors"
-    sums = secret.Sums(wires, 60, Context(1, 9, {}, RecordDict(), wires.run_config), bound, 1)
+    wires.lost = lambda node, stage: node == lost and stage == "collect_masked_vectors"
+    sums = secret.Sums(wires, 0.1, Context(1, 9, {}, RecordDict(), {}), bound, 1)
     answers = sums.send(run.run, 1, given)
-    stayed = [name for name in NAMES if name != lost]
+    stayed = [name for i, name in enumerate(NAMES) if i != lost]
     assert list(answers) == stayed
-    own = {name: clip(answer, given[name], bound) for name, (answer, _) in network.send(run.run, 1, given).items()}
-    for key, held in given["bert"].items():
-        mean = sum(own[name][key] for name in stayed) / len(stayed)
-        assert not torch.equal(mean, held)
-        for answer, _ in answers.values():
-            torch.testing.assert_close(answer[key], mean, rtol=0, atol=2 * bound / 2 ** 22 + 1e-7)
-    for reply in wires.replies:  # masked: of a single device's numbers the server can make nothing
+    for reply in wires.replies:  # numbers of a single device are masked
         assert not any(reply.content.array_records.values())
         assert reply.content.config_records.keys() <= {"told", "secaggplus_configs", "fitres.num_examples",
                                                        "fitres.metrics", "fitres.status"}
+    free = network.send(run.run, 1, given)
+    own = {name: clip(answer, given[name], bound) for name, (answer, _) in free.items()}
+    for key in given["bert"]:
+        assert not any(torch.equal(own[name][key], free[name][0][key]) for name in NAMES)
+        mean = sum(own[name][key] for name in stayed) / len(stayed)
+        for answer, _ in answers.values():
+            torch.testing.assert_close(answer[key], mean, rtol=0, atol=2 * bound / 2 ** 22 + 3e-7)
+    assert server.Nodes(wires, 0.1, pause=0).send(run.run, 1, given) == {}  # a device doesn't answer without a mask
+    assert sums.send(run.run, 2, given).keys() == set(NAMES)  # but when no generalists leave it
+    wires.contexts.pop(1)
+    assert sums.send(run.run, 1, given) == {}  # without bert there is no round
+
+
+def test_a_device_doesnt_send_a_secret_that_isnt_finite():
+    held = {"a": torch.ones(3)}
+    with pytest.raises(BadInput, match="isn't finite"):
+        secret.update({"a": torch.full((3,), torch.nan)}, held, 1.0)
 
 
 def test_the_whole_of_it_on_this_machine_leaves_nothing_behind():

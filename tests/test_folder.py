@@ -68,7 +68,7 @@ def resumed() -> list:
     ("--method hetlora --lr 0.1 --lora-rank 8,7,6", True, (User, "learn", 14)),
     ("--method fdlora", True, (train, "write_json", 1)),  # before result.json, which needs the users' gates
     *(("--participation 0.7 --drop-rate 0.3 --specialists 0,1,3", False, moment) for moment in (
-        (User, "learn", 1), (Server, "take", 3), (os, "fsync", 3),  # in the middle of a checkpoint
+        (User, "learn", 1), (Server, "take", 3), (folder, "on_disk", 3),  # in the middle of a checkpoint
         (folder.Folder, "save", 1), (folder.Folder, "save", 2)))])  # behind an evaluation's lines
 def test_whatever_the_method_and_whenever_it_is_cut_off_a_run_ends_with_the_same_bits(flags, lora, moment):
     cut(command(f"{RUN} {flags}", "cut", lora), *moment)
