@@ -8,7 +8,6 @@ of metrics.jsonl and result.json, and, if it can't answer, why.
 """
 
 import json
-import shlex
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +20,13 @@ from flwr.clientapp import ClientApp
 import data
 from federated import Message
 from flower.secret import secretly
+from flower.server import settings_in
 from model import GENERALIST
 from support.errors import BadInput
 from support.files import write
 from support.folder import restore_user, states
 from support.measuring import check_loss, counts_of, line_of, row_of, untrained
-from support.settings import Settings, flags, parsed
+from support.settings import Settings, flags
 from support.start import starting_point
 from train import build_largest, build_own, rhythm_of
 
@@ -115,8 +115,8 @@ def learn(message: Envelope, context: Context) -> Envelope:
     here, run, asked = context.node_config, context.run_config, message.content["asked"]
     given = message.content["generalists"].to_torch_state_dict()
     try:
-        device = Device(parsed(shlex.split(str(run["flags"]))), str(run["users"]).split(","), str(here["user"]),
-                        str(here["text"]), Path(str(here["state"])))
+        device = Device(settings_in(context), str(run["users"]).split(","), str(here["user"]), str(here["text"]),
+                        Path(str(here["state"])))
         answer, told = device.answer(asked["run"], asked["round"], given)
     except Exception as error:  # Flower sends its message, which may quote the text
         traceback.print_exc()

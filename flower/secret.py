@@ -6,7 +6,6 @@ rounds it to multiples of 2C / 2²², and hides it under masks that cancel out i
 
 import json
 import math
-import shlex
 import time
 
 import torch
@@ -23,10 +22,9 @@ from flwr.server.workflow.constant import MAIN_CONFIGS_RECORD, MAIN_PARAMS_RECOR
 from flwr.serverapp import Grid
 
 from federated import Message
-from flower.server import Answers, Nodes
+from flower.server import Answers, Nodes, settings_in
 from support.errors import BadInput
 from support.guard import clip, fault
-from support.settings import parsed
 
 
 def arrays(message: Message) -> list:
@@ -44,14 +42,13 @@ def secretly(message: Envelope, context: Context, call_next) -> Envelope:
                 for name, array in zip(names, parameters_to_ndarrays(given.parameters), strict=True)}
         message.content = RecordDict({"generalists": ArrayRecord(held), "asked": ConfigRecord(asked)})
         reply = call_next(message, context)
-        bound = parsed(shlex.split(str(context.run_config["flags"]))).clip_update
-        change = update(reply.content["generalists"].to_torch_state_dict(), held, bound)
+        change = update(reply.content["generalists"].to_torch_state_dict(), held, settings_in(context).clip_update)
         reply.content = fitres_to_recorddict(FitRes(
             Status(Code.OK, ""), ndarrays_to_parameters(arrays(change)), 1, dict(reply.content["told"])), False)
         return reply
     if RECORD_KEY_CONFIGS in message.content:
         return secaggplus_mod(message, context, answer)
-    last = parsed(shlex.split(str(context.run_config["flags"]))).rounds < message.content["asked"]["round"]
+    last = settings_in(context).rounds < message.content["asked"]["round"]
     if context.run_config["secret"] and not last:  # when no generalists leave the device
         raise BadInput("this run is secret: updates leave the device in a sum only")
     return call_next(message, context)

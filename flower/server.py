@@ -48,6 +48,11 @@ class Remote:
     shared: dict[str, torch.Size]
 
 
+def settings_in(context: Context) -> Settings:
+    """The settings of a run, from the flags that it was started with. Raises BadInput."""
+    return parsed(shlex.split(str(context.run_config["flags"])))
+
+
 def check(settings: Settings, names: list[str], secret: bool) -> None:
     """secret: whether only sums of updates reach the server. Raises BadInput."""
     method = METHODS[settings.method]
@@ -206,7 +211,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     run = context.run_config
-    settings, names = parsed(shlex.split(str(run["flags"]))), str(run["users"]).split(",")
+    settings, names = settings_in(context), str(run["users"]).split(",")
     out, patience, secret = Path(str(run["out"])), float(run["patience"]), bool(run["secret"])
     nodes = Nodes(grid, patience)
     if secret:
