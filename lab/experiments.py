@@ -3,9 +3,10 @@
     python -m lab.experiments languages [--seeds 3] [any flag of compare.py or train.py]
     python -m lab.experiments --help
 
-Rows are runs of train.py that share the flags of their base. Learning rates were chosen on validation text, with seed
-0, from the same list for all methods, in one experiment of a base; the others take what was chosen. The runs of
-docs/results.md are kept: `--out docs/runs/languages` takes those that are there, and adds what is missing.
+Rows are runs of train.py that share the flags of their base. Learning rates are chosen on validation text, with seed 0,
+from the same list for all methods, in one experiment of a base. The others take what was chosen; those on SmolLM2 take
+the paper's rate, since not all methods have been tried at others. The runs of docs/results.md are kept:
+`--out docs/runs/languages` takes those that are there, and adds what is missing.
 """
 
 import sys
