@@ -37,7 +37,7 @@ class Base(NamedTuple):
 SMOLLM2 = Base("--init-from smollm2 --expert lora --rounds 20 --router-steps 10 --batch-size 1 --eval-every 10",
                2e-3, {})
 BYTES = Base("--init-from out/base/base.pt --expert lora --rounds 20 --router-steps 10 --eval-every 10",
-             6e-3, {"comigs-2g": 2e-2, "ffa-lora": 2e-2, "hetlora": 2e-2})
+             6e-3, dict.fromkeys(("fedavg", "comigs-2g", "hetlora", "flexlora", "ffa-lora"), 2e-2))
 SCRATCH = Base("--rounds 64 --router-lr 3e-3", 3e-3, {"comigs": 6e-3})
 
 SIMPLEST = ("local", "fedavg", "comigs")
