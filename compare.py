@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from methods import METHODS
 from support import plots
-from support.errors import BadInput, Diverged
+from support.errors import BadInput, Diverged, optional
 from support.files import read_json
 from support.folder import code, doubts, json_of
 from support.settings import HYPER, Settings, as_flags, check, given_in, parsed, plain, setting, status_of, swept_by
@@ -112,7 +112,7 @@ def play(rows: Rows, comparison: Comparison) -> tuple[dict[str, list[Path]], dic
 def compare(rows: Rows, comparison: Comparison) -> None:
     """Run all rows, write the table in several forms and the drawing, print the table. Raises BadInput."""
     if comparison.plot:
-        plots.need("matplotlib", "plot")
+        optional("matplotlib", "`plot`", "pip install matplotlib")
     if (comparison.rates or comparison.sweep) and any(row.experts_see == "both" for row in rows.values()):
         raise BadInput("`rates`, `sweep`: can't be judged by validation text that experts learn from; leave "
                        "`experts_see` out")

@@ -10,7 +10,7 @@ A run that hasn't ended shows its newest checkpoint.
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,18 +22,19 @@ import data
 from bilevel import evaluate
 from data import Text
 from model import GPT, GPTConfig
-from support import folder, page, pretrained
+from support import folder, page
 from support.errors import BadInput
 from support.folder import Learned
 from support.sampling import stream
 from support.settings import Settings, check, parsed, setting, status_of
+from support.start import starting_point
 
 
 @dataclass
 class Sampling:
     """Show what a run's models learned. Raises BadInput."""
 
-    run: str | None = setting(None, "folder of the run")
+    run: str = setting("out", "folder of the run")
     user: str | None = setting(None, "whose model; all: everyone's, one after the other (default: the first user's)")
     prompt: str | None = setting(None, "how the text begins (default: the start of a document)", empty=True)
     tokens: int = setting(300, "tokens to generate", int, low=1)
@@ -43,8 +44,6 @@ class Sampling:
     html: str | None = setting(None, "write the page to this file instead of printing text")
 
     def __post_init__(self):
-        if self.run is None:
-            raise BadInput("`run`: missing; give the folder of a run")
         check(self)
 
 
@@ -87,18 +86,15 @@ def open_run(path: str | Path) -> Opened:
     if state is None:
         runs = ", ".join(sorted(str(found.parent) for found in path.glob("*/checkpoint.pt")))
         raise BadInput(f"`run` {path}: holds no checkpoint.pt; give the folder of a run{runs and f', such as {runs}'}")
-    known, users, start = state["base"], {}, None
-    if known["name"] != "scratch":
-        config = state["users"][0]["config"]
-        start = pretrained.load(known["name"], config["block_size"], config["n_head"], config["dtype"])
-        if start.sha256 != known["sha256"]:
-            raise BadInput(f"`run` {path}: {known['name']} is no longer the file that it started from; restore it")
+    settings, users = Settings(**state["settings"] | {"resume": False, "overwrite": False}), {}
+    start = starting_point(replace(settings, dtype=state["users"][0]["config"]["dtype"]))
+    if start.sha256 != state["base"]["sha256"]:
+        raise BadInput(f"`run` {path}: {start.name} is no longer the file that it started from; restore it")
     for saved in state["users"]:
-        model = GPT(GPTConfig(**saved["config"]), torch.Generator(), start and start.tensors)
+        model = GPT(GPTConfig(**saved["config"]), torch.Generator(), start.tensors)
         folder.restore_model(saved, model)
         users[saved["name"]] = Learned(saved["name"], model, saved["gates"])
-    settings = Settings(**state["settings"] | {"resume": False, "overwrite": False})
-    return Opened(path, settings, users, (start and start.encoding) or data.tokenizer(known["tokenizer"]))
+    return Opened(path, settings, users, start.encoding)
 
 
 def continued(user: Learned, sampling: Sampling, tokenizer: tiktoken.Encoding) -> Iterator[str]:

@@ -139,7 +139,9 @@ class Run:
         self.done, self.before = 0, None  # rounds, test losses at the start
         state = processes.gathered([self.folder.continued() if self.first else None])[0] if settings.resume else None
         if state:
-            folder.restore(state["server"], processes.own(state["users"]), self.server, self.users)
+            self.server.load(state["server"])
+            for user, saved in zip(self.users, processes.own(state["users"]), strict=True):
+                folder.restore_user(user, saved)
             if not self.first:
                 self.server.refused = []  # the first process has everyone's
             self.done, self.before = state["round"], processes.own(state["test_start"])

@@ -26,10 +26,10 @@ from federated import Server, User, federated_round
 from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig, LoRAExperts, MLPExperts, MoE
 from support import llama, pretrained
 from support.sampling import stream
-from support.settings import SCRATCH, USUAL, status_of
+from support.settings import SCRATCH, Settings, status_of
 
-LORA = dict(block_size=128, expert="lora")
-SHAPES = {"default": dict(vocab_size=257, block_size=USUAL["block_size"][0], **SCRATCH), "SmolLM2": LORA,
+USUAL, LORA = Settings(), dict(block_size=128, expert="lora")
+SHAPES = {"default": dict(vocab_size=257, block_size=USUAL.block_size, **SCRATCH), "SmolLM2": LORA,
           "GPT-2": dict(vocab_size=50257, n_layer=12, n_head=12, n_embd=768, feed_forward="gelu-tanh", **LORA)}
 DTYPES, COPIES = ("bfloat16", "float32"), "block copies"
 REPEATS, STEPS = 30, 8  # the latter where a step takes seconds
@@ -152,7 +152,7 @@ def peft_of(dtype: str) -> nn.Module:
 
 def bench_scratch(device: str) -> None:
     """The default step, as a share of the matmul rate and over a dense one; a mixture over a dense block."""
-    race("default", ("float32",), [1], {"dense, float32": dense_gpt2}, REPEATS, USUAL["batch_size"][0], device)
+    race("default", ("float32",), [1], {"dense, float32": dense_gpt2}, REPEATS, USUAL.batch_size, device)
     moe, C = MoE(GPTConfig(**SHAPES["default"], specialists=8)).to(device), SCRATCH["n_embd"]
     block = nn.Sequential(nn.Linear(C, 8 * C), nn.GELU(), nn.Linear(8 * C, C)).to(device)
     for N in (1024, 4096):

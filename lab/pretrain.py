@@ -34,7 +34,7 @@ class Pretraining(Training):
     out: str = setting("out/base", "folder for base.pt")
 
 
-def pretrain(settings: Pretraining) -> Path:
+def pretrain(settings: Pretraining) -> None:
     """Train, write base.pt and print how good it is. Raises BadInput."""
     path = Path(settings.out, "base.pt")
     if path.exists() and not settings.overwrite:
@@ -45,7 +45,7 @@ def pretrain(settings: Pretraining) -> Path:
     except OSError as error:
         raise BadInput(f"`out` {settings.out}: {error.strerror}; take another folder") from None
     start = blank(settings, "bytes")
-    text = data.load_pretraining(settings.block_size, data.tokenizer("bytes"))
+    text = data.load_pretraining(settings.block_size, start.encoding)
     config = GPTConfig(**start.config, specialists=0, routed=False)  # one expert: a plain GPT
     model = GPT(config, data.seeded(settings.seed, "base", "weights")).to(settings.device)
     if settings.compile:
@@ -67,7 +67,6 @@ def pretrain(settings: Pretraining) -> Path:
     write(path, lambda file: torch.save(content, file))
     print(f"{path}: {loss / math.log(2):.3f} bits per byte of held-out text, where a trigram needs "
           f"{trigram_loss(text.train, text.test, config.vocab_size) / math.log(2):.3f}")
-    return path
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,9 +17,8 @@ import tiktoken
 from model import GENERALIST
 from sample import open_run
 from support import page
-from support.errors import BadInput
 from support.folder import Learned
-from support.settings import check, parsed, setting, status_of
+from support.settings import parsed, setting, status_of
 from support.tables import markdown
 
 FUNCTION_WORDS = {  # by user
@@ -45,14 +44,9 @@ SPANS = {"word": r"[^\W\d_]+", "digits": r"\d+", "punctuation": r"[^\w\s]+|_+"}
 
 @dataclass
 class Words:
-    """What a run's routers learned about words. Raises BadInput."""
+    """What a run's routers learned about words."""
 
-    run: str | None = setting(None, "folder of a run whose users are called de, fr, ...")
-
-    def __post_init__(self):
-        if self.run is None:
-            raise BadInput("`run`: missing; give the folder of a run")
-        check(self)
+    run: str = setting("out", "folder of a run whose users are called de, fr, ...")
 
 
 def classes(pieces: list[str], lists: dict[str, str]) -> list[set[str]]:

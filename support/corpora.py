@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from tqdm import tqdm
 
-from support.errors import BadInput
+from support.errors import BadInput, optional
 from support.files import write, write_text
 
 if TYPE_CHECKING:
@@ -202,17 +202,13 @@ def rows(path: Path, columns: tuple[str, ...] | None = None) -> Iterator[tuple[s
     number, table = 0, path.suffix == ".csv"
     try:
         with open(path, encoding="utf-8-sig", newline="" if table else None) as file:
-            for number, row in enumerate(csv_rows(file, columns) if table else json_rows(file), 1):
+            records = csv_rows(file, columns) if table else map(json.loads, filter(str.strip, file))
+            for number, row in enumerate(records, 1):
                 yield f"{path}, row {number}", row
     except UnicodeDecodeError:
         raise BadInput(f"`data` {path}: is not UTF-8 after row {number}; convert it") from None
     except (csv.Error, ValueError, RecursionError) as error:
         raise BadInput(f"`data` {path}: row {number + 1} isn't valid {path.suffix} ({error}); correct it") from None
-
-
-def json_rows(file: TextIO) -> Iterator[Row]:
-    """Raises ValueError."""
-    return (json.loads(line) for line in file if line.strip())
 
 
 def csv_rows(file: TextIO, columns: tuple[str, ...] | None) -> Iterator[Row]:
@@ -297,13 +293,11 @@ def streamed(name: str, source: str, size: int) -> Iterator[Document]:
     recipe = CORPORA[name]
 
     def stream(configuration: str | None) -> Iterator[tuple[str, Row]]:
+        datasets = optional("datasets", f"`data` {name}", "pip install datasets, or give a file of it, .csv or .jsonl, "
+                                                          "with `source`")
         try:
-            import datasets
             for row in datasets.load_dataset(source, configuration, split="train", streaming=True):
                 yield source, {**row, CONFIGURATION: configuration}
-        except ImportError:
-            raise BadInput(f"`data` {name}: needs a library that isn't here; pip install datasets, or give a file of "
-                           "it, .csv or .jsonl, with `source`") from None
         except Exception as error:  # its many back ends raise all kinds
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             raise BadInput(f"`data` {name}: {source} can't be read ({reason}); try again, or give a copy with "

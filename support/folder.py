@@ -29,7 +29,6 @@ from federated import User
 from model import GPT
 from support.errors import BadInput
 from support.files import locked, on_disk, read_json, write, write_json, write_text
-from support.guard import Guard
 from support.pretrained import Base
 from support.settings import GROUPS, NO_MEMORY, Settings, given_in, plain, refuse, refuse_rest
 
@@ -228,14 +227,8 @@ def restore_model(saved: dict, model: GPT) -> None:
         parameter.data = saved["parameters"][name].data  # whose rank a method may have cut
 
 
-def restore(server_state: dict, user_states: list[dict], server: Guard, users: list[User]) -> None:
-    """Give server and users the state of a checkpoint."""
-    server.load(server_state)
-    for user, saved in zip(users, user_states, strict=True):
-        restore_user(user, saved)
-
-
 def restore_user(user: User, saved: dict) -> None:
+    """Give a user its state."""
     for name in KEPT:
         setattr(user, name, saved[name])
     restore_model(saved, user.model)

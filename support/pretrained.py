@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from support import llama
-from support.errors import BadInput
+from support.errors import BadInput, optional
 
 NAMES = ("smollm2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
@@ -36,11 +36,6 @@ class Base:
     config: dict  # fields of model.GPTConfig
     tokenizer: str | None  # its name, as data.tokenizer knows it; None: the file doesn't say
     encoding: tiktoken.Encoding | None = None  # the tokenizer itself, once it is there
-
-
-def by_others(init_from: str) -> bool:
-    """Whether this is a language model that others pretrained: anything but our own .pt."""
-    return init_from != "scratch" and Path(init_from).suffix != ".pt"
 
 
 def layout(V: int, T: int, L: int, C: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -157,13 +152,9 @@ def read(path: Path) -> tuple[Path, object]:
     if not path.is_file():
         raise BadInput(f"`init_from` {path}: no such file; make one with python -m lab.pretrain, or give one of "
                        f"{', '.join(NAMES)}")
+    library = path.suffix == ".safetensors" and optional(
+        "safetensors.torch", f"`init_from` {path}", "pip install safetensors, or give a .bin")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return path, load_file(path)
-        return path, torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise BadInput(f"`init_from` {path}: needs a library that isn't here; pip install safetensors, or give a "
-                       ".bin") from None
+        return path, library.load_file(path) if library else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file can fail in any way
         raise BadInput(f"`init_from` {path}: can't be read as tensors ({type(error).__name__}); {REMEDY}") from None

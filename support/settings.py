@@ -36,6 +36,7 @@ class Flag:
     choices: Collection[str] = ()
     many: bool = False  # several values, such as one for each user
     empty: bool = False  # whether a text may be empty
+    usual: tuple[float, float] | None = None  # two defaults: of a small model, and of one that others pretrained
 
     def parse(self, text: str):
         """The value of a text from the command line. Raises ValueError."""
@@ -90,25 +91,22 @@ def check(settings) -> None:
 
 
 SCRATCH = dict(n_layer=3, n_head=4, n_embd=128)  # the shape, where no base decides
-USUAL = {  # what suits a small model, and one that others pretrained
-    "batch_size": (8, 2), "block_size": (64, 128), "rounds": (64, 10), "lr": (6e-3, 2e-3), "warmup": (100, 20),
-    "eval_every": (8, 1), "save_every": (16, 5), "router_steps": (5, 10)}
 
 
-def usual(name: str, help: str, kind: type, low: float | None = None, **values):
-    """A setting whose default depends on the base."""
-    return setting(None, f"{help} (default: {USUAL[name][0]}, or {USUAL[name][1]} on SmolLM2 and the like)", kind, low,
-                   **values)
+def usual(small: float, large: float, help: str, kind: type, low: float | None = None, **values):
+    """A setting with two defaults: what suits a small model, and one that others pretrained."""
+    return setting(None, f"{help} (default: {small}, or {large} on SmolLM2 and the like)", kind, low,
+                   usual=(small, large), **values)
 
 
 @dataclass
 class Training:
     """What training any model needs. Raises BadInput."""
 
-    batch_size: int | None = usual("batch_size", "windows in a batch", int, 1, high=1_000_000)
-    block_size: int | None = usual("block_size", "tokens in a window", int, 1, high=1_000_000)
-    lr: float | None = usual("lr", "the experts' highest learning rate", float, above=0)
-    warmup: int | None = usual("warmup", "steps up to the highest learning rate; at most a fifth of all steps", int, 0)
+    batch_size: int | None = usual(8, 2, "windows in a batch", int, 1, high=1_000_000)
+    block_size: int | None = usual(64, 128, "tokens in a window", int, 1, high=1_000_000)
+    lr: float | None = usual(6e-3, 2e-3, "the experts' highest learning rate", float, above=0)
+    warmup: int | None = usual(100, 20, "steps up to the highest learning rate; at most a fifth of all steps", int, 0)
     weight_decay: float = setting(0.1, "AdamW's weight decay; none for routers", float, 0)
     n_layer: int | None = setting(None, "layers (default: 3; a base brings its own)", int, 1, high=1000)
     n_head: int | None = setting(None, "attention heads (default: 4; a base brings its own)", int, 1)
@@ -121,9 +119,9 @@ class Training:
     by_others = False  # whether it starts from a model that others pretrained
 
     def __post_init__(self):
-        for name, values in USUAL.items():
-            if getattr(self, name, values) is None:
-                setattr(self, name, values[self.by_others])
+        for name, flag in flags(type(self)).items():
+            if flag.usual and getattr(self, name) is None:
+                setattr(self, name, flag.usual[self.by_others])
         check(self)
 
 
@@ -176,8 +174,8 @@ class Settings(Training):
     router_lr: float | None = setting(None, "the routers' learning rate (default: as --lr, or five times that on "
                                             "SmolLM2 and the like)", float, above=0)
     router_every: int = setting(30, "expert steps between two visits to the router", int, 1)
-    router_steps: int | None = usual("router_steps", "router steps in such a visit", int, 0)
-    rounds: int | None = usual("rounds", "communication rounds", int, 1)
+    router_steps: int | None = usual(5, 10, "router steps in such a visit", int, 0)
+    rounds: int | None = usual(64, 10, "communication rounds", int, 1)
     local_steps: int = setting(10, "expert steps of a user in a round", int, 1)
     average: str = setting("uniform", "a user's weight in the average: the same for all, or its training tokens",
                            choices=("uniform", "tokens"))
@@ -185,8 +183,8 @@ class Settings(Training):
     drop_rate: float = setting(0.0, "the chance that a called user vanishes before it answers", float, 0, below=1)
     clip_update: float | None = setting(None, "the largest norm of an update; longer ones are cut", float, above=0)
     dp_noise: float = setting(0.0, "noise on the average, in multiples of largest norm / number of answers", float, 0)
-    eval_every: int | None = usual("eval_every", "rounds between two glances at validation text", int, 1)
-    save_every: int | None = usual("save_every", "rounds between two checkpoints", int, 1)
+    eval_every: int | None = usual(8, 1, "rounds between two glances at validation text", int, 1)
+    save_every: int | None = usual(16, 5, "rounds between two checkpoints", int, 1)
     out: str | None = setting(None, "folder of the run (default: a new one under out/)")
     resume: bool = setting(False, "continue the run in --out from its newest checkpoint, with its settings", bool)
 
@@ -228,7 +226,8 @@ class Settings(Training):
 
     @property
     def by_others(self) -> bool:
-        return pretrained.by_others(self.init_from)
+        """Whether it starts from a language model that others pretrained: anything but our own .pt."""
+        return self.init_from != "scratch" and Path(self.init_from).suffix != ".pt"
 
     @property
     def hyper(self) -> dict[str, float]:
@@ -370,22 +369,20 @@ def status_of(command: str, work: Callable[[], object], if_stopped: str) -> int:
     process = f", process {os.environ['RANK']}" if "RANK" in os.environ else ""
     try:
         work()
-    except BadInput as error:
-        print(f"{command}{process}: {as_flags(str(error))}", file=sys.stderr)
-        return 2
+        return 0
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        reason = f"{error.filename or 'a file'}: {error.strerror or error}"
-        print(f"{command}: {reason}; check the disk and its permissions", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
-            raise
-        print(f"{command}: there isn't enough memory for this; take a smaller --n-embd, --batch-size, --users, ...",
-              file=sys.stderr)
-        return 2
+        return 0
     except KeyboardInterrupt as stop:
         print(f"{command}: stopped; {stop.args[0] if stop.args else if_stopped}", file=sys.stderr)
         return 130
-    return 0
+    except BadInput as error:
+        problem = as_flags(str(error))
+    except OSError as error:
+        problem = f"{error.filename or 'a file'}: {error.strerror or error}; check the disk and its permissions"
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
+            raise
+        problem = "there isn't enough memory for this; take a smaller --n-embd, --batch-size, --users, ..."
+    print(f"{command}{process}: {problem}", file=sys.stderr)
+    return 2

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 import compare
 import train
 from lab import experiments
-from support import folder, plots
+from support import folder
 from support.errors import Diverged
 from support.settings import parsed
 from support.tables import curves, latex, markdown, summarize, table
@@ -156,7 +157,7 @@ def test_a_plot_is_a_picture(compared):
     "--method=fedavg", "--rates 1e-3 --experts-see both", "--plot", "--sweep mu=1",
     "--sweep mu", "--sweep mu=1,", "--set mu=nan"])  # --plot without matplotlib
 def test_bad_input_is_one_line_before_anything_is_run(wrong, compared, monkeypatch, capsys):
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     line = refusal(capsys, wrong, compared)
     assert re.match(f"compare.py: {re.match('--[a-z]+', wrong)[0]}.*; [a-z-]", line)
     assert not Path("out").exists()

@@ -66,7 +66,7 @@ def test_bad_input_is_one_line_and_status_2(corpus, tiny_base, capsys):
         assert sample.main(flags.split()) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
     run(corpus, tiny_base)
-    refused("", "--run: missing; give the folder of a run")
+    refused("", "--run out: holds no checkpoint.pt; give the folder of a run")
     refused("--run no", "--run no: holds no checkpoint.pt; give the folder of a run")
     refused("--run .", "--run .: holds no checkpoint.pt; give the folder of a run, such as run")
     for flag in ("--user zoe", "--temperature -1.0", "--top-k 0", f"--seed {2 ** 64}", "--html ."):

@@ -39,7 +39,7 @@ def test_it_is_one_command(corpus, capsys):
     assert words.main(["--run", "run"]) == 0
     printed = capsys.readouterr().out
     assert all(row in printed for row in ("| anna | all | ", "| cleo | digits | "))
-    assert "--run: missing" in refusal(capsys, [], words.main)
+    assert "--run out: holds no checkpoint.pt" in refusal(capsys, [], words.main)
     assert "holds no checkpoint" in refusal(capsys, ["--run", "text"], words.main)
 
 
