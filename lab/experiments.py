@@ -47,21 +47,23 @@ TELLING = ("local", "fedavg", "pcl", "fdlora", "comigs", "comigs-uniform", "comi
 ABLATIONS = ("local", "comigs", "comigs-uniform", "comigs-train", "comigs-joint", "pfedmoe", "comigs-leaky")
 
 
-def paper(more: str) -> dict[str, str]:
-    """The paper's methods on SmolLM2, and CoMiGS with routers as slow as the experts, which is the authors' setting."""
-    return {**SMOLLM2.runs(PAPER, more), "comigs router 2e-3": SMOLLM2.run("comigs", f"--router-lr 2e-3 {more}")}
-
-
 BOTH = "--experts-see both"  # so that nobody has more text to learn from than another
+SLOW = "--router-lr 2e-3"  # of CoMiGS: on SmolLM2 the experts' rate, as in the authors' code; a third of it on bytes
+NAMES = {"": "", BOTH: " both", SLOW: " router 2e-3"}
+
+
+def paper(more: str) -> dict[str, str]:
+    """The paper's methods on SmolLM2."""
+    return {**SMOLLM2.runs(PAPER, more), f"comigs{NAMES[SLOW]}": SMOLLM2.run("comigs", f"{SLOW} {more}")}
 
 
 def overfitting(base: Base, text: str, kBs: tuple[int, ...], specialists: tuple[int, ...]) -> dict[str, str]:
     """Text per user × number of specialists, with a quarter as much validation text; of `local`, as many experts."""
     most, rows = max(specialists), {}
     for method, S, more in [*(("comigs", S, "") for S in specialists), ("comigs-train", most, ""), ("local", most, ""),
-                            ("comigs", most, BOTH), ("local", most, BOTH)]:
+                            ("comigs", most, SLOW), ("comigs", most, BOTH), ("local", most, BOTH)]:
         for kB in kBs:
-            rows[f"{method} {kB} kB {S} S{' both' if more else ''}"] = base.run(
+            rows[f"{method} {kB} kB {S} S{NAMES[more]}"] = base.run(
                 method, f"--data {text} --train-kb {kB} --valid-kb {kB / 4} --specialists {S} --eval-every 5 {more}")
     return rows
 
@@ -71,8 +73,8 @@ def sizes(base: Base, text: str, kBs: tuple[int, ...], ranks: str) -> dict[str, 
     flags = f"--data {text} --train-kb {','.join(map(str, kBs))} --valid-kb {','.join(str(kB / 4) for kB in kBs)}"
     ours, theirs = f"{flags} --specialists 1,2,4,8", f"{flags} --specialists 0 --lora-rank {ranks}"
     return {**base.runs(("comigs", "comigs-train", "local"), ours), **base.runs(("hetlora", "flexlora"), theirs),
-            "comigs both": base.run("comigs", f"{ours} {BOTH}"),
-            "flexlora both": base.run("flexlora", f"{theirs} {BOTH}")}
+            **{f"comigs{NAMES[more]}": base.run("comigs", f"{ours} {more}") for more in (SLOW, BOTH)},
+            f"flexlora{NAMES[BOTH]}": base.run("flexlora", f"{theirs} {BOTH}")}
 
 
 MORE, LESS = (5, 10, 20, 40), (40, 20, 10, 5)  # kB of users with 1, 2, 4, 8 specialists
