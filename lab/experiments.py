@@ -60,8 +60,9 @@ def paper(more: str) -> dict[str, str]:
 def overfitting(base: Base, text: str, kBs: tuple[int, ...], specialists: tuple[int, ...]) -> dict[str, str]:
     """Text per user × number of specialists, with a quarter as much validation text; of `local`, as many experts."""
     most, rows = max(specialists), {}
-    for method, S, more in [*(("comigs", S, "") for S in specialists), ("comigs-train", most, ""), ("local", most, ""),
-                            ("comigs", most, SLOW), ("comigs", most, BOTH), ("local", most, BOTH)]:
+    for method, S, more in [*(("comigs", S, "") for S in specialists), ("comigs", most, SLOW),
+                            *((method, most, "") for method in ("comigs-train", "fdlora", "local")),
+                            ("comigs", most, BOTH), ("local", most, BOTH)]:
         for kB in kBs:
             rows[f"{method} {kB} kB {S} S{NAMES[more]}"] = base.run(
                 method, f"--data {text} --train-kb {kB} --valid-kb {kB / 4} --specialists {S} --eval-every 5 {more}")
@@ -72,7 +73,8 @@ def sizes(base: Base, text: str, kBs: tuple[int, ...], ranks: str) -> dict[str, 
     """Devices with 1, 2, 4, 8 specialists, and rivals with one expert of as many parameters, of these ranks."""
     flags = f"--data {text} --train-kb {','.join(map(str, kBs))} --valid-kb {','.join(str(kB / 4) for kB in kBs)}"
     ours, theirs = f"{flags} --specialists 1,2,4,8", f"{flags} --specialists 0 --lora-rank {ranks}"
-    return {**base.runs(("comigs", "comigs-train", "local"), ours), **base.runs(("hetlora", "flexlora"), theirs),
+    return {**base.runs(("comigs", "comigs-train", "comigs-apart", "fdlora", "local"), ours),
+            **base.runs(("hetlora", "flexlora"), theirs),
             **{f"comigs{NAMES[more]}": base.run("comigs", f"{ours} {more}") for more in (SLOW, BOTH)},
             f"flexlora{NAMES[BOTH]}": base.run("flexlora", f"{theirs} {BOTH}")}
 
