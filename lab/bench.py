@@ -28,7 +28,8 @@ from support import llama, pretrained
 from support.sampling import stream
 from support.settings import SCRATCH, Settings, status_of
 
-USUAL, LORA = Settings(), dict(block_size=128, expert="lora")
+USUAL = Settings()
+LORA = dict(block_size=128, expert="lora")
 SHAPES = {"default": dict(vocab_size=257, block_size=USUAL.block_size, **SCRATCH), "SmolLM2": LORA,
           "GPT-2": dict(vocab_size=50257, n_layer=12, n_head=12, n_embd=768, feed_forward="gelu-tanh", **LORA)}
 DTYPES, COPIES = ("bfloat16", "float32"), "block copies"

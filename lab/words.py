@@ -18,7 +18,7 @@ from model import GENERALIST
 from sample import open_run
 from support import page
 from support.folder import Learned
-from support.settings import parsed, setting, status_of
+from support.settings import check, parsed, setting, status_of
 from support.tables import markdown
 
 FUNCTION_WORDS = {  # by user
@@ -44,9 +44,12 @@ SPANS = {"word": r"[^\W\d_]+", "digits": r"\d+", "punctuation": r"[^\w\s]+|_+"}
 
 @dataclass
 class Words:
-    """What a run's routers learned about words."""
+    """What a run's routers learned about words. Raises BadInput."""
 
     run: str = setting("out", "folder of a run whose users are called de, fr, ...")
+
+    def __post_init__(self):
+        check(self)
 
 
 def classes(pieces: list[str], lists: dict[str, str]) -> list[set[str]]:

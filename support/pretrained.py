@@ -9,6 +9,7 @@ The last is what torch.save made of such tensors (.bin, .pt; `pack` says what la
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 
@@ -152,9 +153,10 @@ def read(path: Path) -> tuple[Path, object]:
     if not path.is_file():
         raise BadInput(f"`init_from` {path}: no such file; make one with python -m lab.pretrain, or give one of "
                        f"{', '.join(NAMES)}")
-    library = path.suffix == ".safetensors" and optional(
-        "safetensors.torch", f"`init_from` {path}", "pip install safetensors, or give a .bin")
+    load = partial(torch.load, map_location="cpu", weights_only=True)
+    if path.suffix == ".safetensors":
+        load = optional("safetensors.torch", f"`init_from` {path}", "pip install safetensors, or give a .bin").load_file
     try:
-        return path, library.load_file(path) if library else torch.load(path, map_location="cpu", weights_only=True)
+        return path, load(path)
     except Exception as error:  # a foreign file can fail in any way
         raise BadInput(f"`init_from` {path}: can't be read as tensors ({type(error).__name__}); {REMEDY}") from None
