@@ -16,12 +16,23 @@ from pathlib import Path
 from tqdm import tqdm
 
 from methods import METHODS
-from support import plots
 from support.errors import BadInput, Diverged, optional
 from support.files import read_json
-from support.folder import code, doubts, json_of
-from support.settings import HYPER, Settings, as_flags, check, given_in, parsed, plain, setting, status_of, swept_by
-from support.tables import caption, summarize, write_all
+from support.report import plots
+from support.report.tables import caption, summarize, write_all
+from support.runs.folder import code, doubts, json_of
+from support.runs.settings import (
+    HYPER,
+    Settings,
+    as_flags,
+    check,
+    given_in,
+    parsed,
+    plain,
+    setting,
+    status_of,
+    swept_by,
+)
 from train import Run
 
 

@@ -3,7 +3,7 @@
     python -c "import data; print(data.tokenizer('bytes').encode('text'))"
 
 A document stands in one split of one user. Sizes are in bytes of UTF-8. Where documents come from is said in
-support/corpora.py.
+support/text/corpora.py.
 """
 
 import hashlib
@@ -18,13 +18,14 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from support import corpora, llama
-from support.corpora import BUILTIN, CORPORA, CORPUS_EXCERPT, EVERYTHING
 from support.errors import BadInput
-from support.llama import END
+from support.pretrained import llama
+from support.pretrained.llama import END
+from support.text import corpora
+from support.text.corpora import BUILTIN, CORPORA, CORPUS_EXCERPT, EVERYTHING
 
 if TYPE_CHECKING:
-    from support.settings import Settings
+    from support.runs.settings import Settings
 
 SPLITS = TRAIN, VALID, TEST = corpora.SPLITS
 HELD_OUT = {TEST: 32_000, VALID: 16_000}  # bytes of a user's held-out text; of anyone's own text at most a tenth each

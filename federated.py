@@ -86,7 +86,7 @@ def average(answers: list[Message], weights: list[float]) -> Message:
 
 
 class Server:
-    """Holds θ^G. (In a run, support/guard.py stands at its door and refuses answers that can't be averaged.)
+    """Holds θ^G. (In a run, support/server/guard.py stands at its door and refuses answers that can't be averaged.)
 
     hyper, memory: as a user's. bounded: whether an answer is a change of what was given, whose norm can be bounded.
     """

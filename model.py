@@ -391,7 +391,7 @@ class GPT(nn.Module):
         overrides: fields of GPTConfig, such as expert="lora". The first logits are the base's, whatever the experts.
         Raises ValueError, one line, where there is no such model.
         """
-        from support import pretrained
+        from support.pretrained import gpt2 as pretrained
         start = pretrained.load(name_or_file, **overrides)
         return cls(GPTConfig(**start.config | overrides), generator, start.tensors)
 

@@ -22,12 +22,13 @@ import data
 from bilevel import evaluate
 from data import Text
 from model import GPT, GPTConfig
-from support import folder, page
 from support.errors import BadInput
-from support.folder import Learned
+from support.report import page
+from support.runs import folder
+from support.runs.folder import Learned
+from support.runs.settings import Settings, check, parsed, setting, status_of
+from support.runs.start import starting_point
 from support.sampling import stream
-from support.settings import Settings, check, parsed, setting, status_of
-from support.start import starting_point
 
 
 @dataclass

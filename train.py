@@ -22,14 +22,16 @@ from data import Text
 from federated import User, federated_round
 from methods import METHODS
 from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig
-from support import folder, page, privacy, processes
 from support.files import write_json
-from support.folder import Folder, stopped_gently
-from support.guard import Guard
-from support.measuring import check_loss, counts_of, line_of, result_of, row_of, table, untrained
-from support.pretrained import Base
-from support.settings import Settings, check_device, plain, status_of
-from support.start import starting_point
+from support.pretrained.gpt2 import Base
+from support.report import page
+from support.runs import folder, processes
+from support.runs.folder import Folder, stopped_gently
+from support.runs.measuring import check_loss, counts_of, line_of, result_of, row_of, table, untrained
+from support.runs.settings import Settings, check_device, plain, status_of
+from support.runs.start import starting_point
+from support.server import privacy
+from support.server.guard import Guard
 
 JUDGED = 8  # windows of a user's validation text by which a device judges a model, where a method asks for that
 

@@ -19,15 +19,14 @@ from flwr.clientapp import ClientApp
 
 import data
 from federated import Message
-from flower.secret import secretly
 from flower.server import settings_in
 from model import GENERALIST
 from support.errors import BadInput
 from support.files import write
-from support.folder import restore_user, states
-from support.measuring import check_loss, counts_of, line_of, row_of, untrained
-from support.settings import Settings, flags
-from support.start import starting_point
+from support.runs.folder import restore_user, states
+from support.runs.measuring import check_loss, counts_of, line_of, row_of, untrained
+from support.runs.settings import Settings, flags
+from support.runs.start import starting_point
 from train import build_largest, build_own, rhythm_of
 
 
@@ -110,7 +109,7 @@ def who(message: Envelope, context: Context) -> Envelope:
     return Envelope(RecordDict({"told": ConfigRecord({"user": str(context.node_config["user"])})}), reply_to=message)
 
 
-@app.train(mods=[secretly])
+@app.train()
 def learn(message: Envelope, context: Context) -> Envelope:
     here, run, asked = context.node_config, context.run_config, message.content["asked"]
     given = message.content["generalists"].to_torch_state_dict()

@@ -21,12 +21,12 @@ from flwr.serverapp import Grid, ServerApp
 from federated import Message
 from methods import METHODS
 from model import GENERALIST
-from support import privacy
 from support.errors import BadInput
 from support.files import locked, write, write_json, write_text
-from support.measuring import result_of, table
-from support.settings import Settings, parsed, plain, refuse
-from support.start import starting_point
+from support.runs.measuring import result_of, table
+from support.runs.settings import Settings, parsed, plain, refuse
+from support.runs.start import starting_point
+from support.server import privacy
 from train import build_largest, build_model, build_server, called_of, drawn
 
 Answers = dict[str, tuple[Message, dict]]  # by user: generalists, and what else it told

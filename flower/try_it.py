@@ -25,9 +25,9 @@ from pathlib import Path
 from data import SPLITS, dealt, load
 from support.errors import BadInput
 from support.files import write_text
-from support.folder import settings_of
-from support.settings import Settings, as_arguments, status_of
-from support.start import starting_point
+from support.runs.folder import settings_of
+from support.runs.settings import Settings, as_arguments, status_of
+from support.runs.start import starting_point
 
 HERE = Path(__file__).parent
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1"}

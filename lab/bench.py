@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from bilevel import Level, Rhythm
 from federated import Server, User, federated_round
 from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig, LoRAExperts, MLPExperts, MoE
-from support import llama, pretrained
+from support.pretrained import gpt2 as pretrained
+from support.pretrained import llama
+from support.runs.settings import SCRATCH, Settings, status_of
 from support.sampling import stream
-from support.settings import SCRATCH, Settings, status_of
 
 USUAL = Settings()
 LORA = dict(block_size=128, expert="lora")

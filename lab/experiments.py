@@ -15,7 +15,7 @@ from typing import NamedTuple
 from compare import Comparison, compare, split
 from methods import METHODS
 from support.errors import BadInput
-from support.settings import parsed, status_of
+from support.runs.settings import parsed, status_of
 
 
 class Base(NamedTuple):

@@ -15,7 +15,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from support.errors import BadInput
-from support.settings import status_of
+from support.runs.settings import status_of
 
 LANGUAGES = ("de", "fr", "it", "nl")
 GUIDE = "usr/share/doc/installation-guide-amd64"

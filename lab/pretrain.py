@@ -3,7 +3,7 @@
     python -m lab.pretrain
     python train.py --init-from out/base/base.pt --expert lora --users 4 --specialists 1,2,4,8
 
-The text is that of Python's standard library and numpy, which no user holds (support/corpora.py).
+The text is that of Python's standard library and numpy, which no user holds (support/text/corpora.py).
 """
 
 import math
@@ -17,13 +17,13 @@ from tqdm import tqdm
 import data
 from bilevel import Level, cosine, evaluate
 from model import GENERALIST, GPT, GPTConfig
-from support import pretrained
 from support.errors import BadInput
 from support.files import write
-from support.measuring import DIVERGED
-from support.settings import Training, check_device, parsed, setting, status_of
-from support.start import blank
-from support.trigram import trigram_loss
+from support.pretrained import gpt2 as pretrained
+from support.runs.measuring import DIVERGED
+from support.runs.settings import Training, check_device, parsed, setting, status_of
+from support.runs.start import blank
+from support.text.trigram import trigram_loss
 
 
 @dataclass

@@ -16,10 +16,10 @@ import tiktoken
 
 from model import GENERALIST
 from sample import open_run
-from support import page
-from support.folder import Learned
-from support.settings import check, parsed, setting, status_of
-from support.tables import markdown
+from support.report import page
+from support.report.tables import markdown
+from support.runs.folder import Learned
+from support.runs.settings import check, parsed, setting, status_of
 
 FUNCTION_WORDS = {  # by user
     "de": {

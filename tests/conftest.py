@@ -1,11 +1,15 @@
 """Models here are tiny: one thread is faster than two that wait for each other."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+import train
 from model import GPT, GPTConfig
-from support import pretrained
-from texts import words
+from support.pretrained import gpt2 as pretrained
+from support.runs.settings import parsed
 
 torch.set_num_threads(1)
 
@@ -32,3 +36,61 @@ def tiny_base():
     model = GPT(config, torch.Generator().manual_seed(0))
     tensors = {GPT.plain_name(name): parameter for name, parameter in model.named_parameters()}
     return pretrained.pack(tensors, config.n_head, config.feed_forward, "bytes")
+
+
+# --- text, and commands at a tiny size
+
+
+def words(seed: int, size: int) -> str:
+    """About `size` bytes of made-up words that differ from seed to seed."""
+    numbers = torch.randint(10 ** 6, (size // 7,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return " ".join(f"{number:06d}" for number in numbers)
+
+
+SHAPE = "--n-layer 1 --n-head 2 --n-embd 8"
+SCHEDULE = ("--users 3 --specialists 0,1,3 --block-size 8 --batch-size 2 --rounds 3 --local-steps 2 --router-every 2 "
+            "--router-steps 1 --warmup 1 --eval-every 2 --save-every 2")
+TINY = f"{SHAPE} {SCHEDULE}".split()
+NAMES = ("anna", "bert", "cleo")
+
+
+@pytest.fixture
+def text_and_base(corpus, tiny_base):
+    """A folder `text` and a tiny base `base.pt`, where a test stands."""
+    torch.save(tiny_base, "base.pt")
+
+
+def command(more: str = "", out: str = "run", lora: bool = False) -> list[str]:
+    """A tiny run's, from scratch, or with low-rank experts on a base. Of equal flags the last one counts."""
+    start = "--init-from base.pt --expert lora" if lora else SHAPE
+    return f"{start} {SCHEDULE} --data text --out {out} {more}".split()
+
+
+def run(more: str = "", out: str = "run", lora: bool = False) -> dict:
+    """Runs it; what is then in result.json."""
+    assert train.main(command(more, out, lora)) == 0
+    return json.loads(Path(out, "result.json").read_text())
+
+
+def begun(*how, **more) -> train.Run:
+    """A run that is ready to be played."""
+    return train.Run(parsed(command(*how, **more)))
+
+
+def refusal(capsys, arguments: list[str], main=train.main) -> str:
+    """The one line with which a command refuses."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    line, = printed.err.splitlines()
+    return line
+
+
+def state(out: str = "run") -> dict:
+    return torch.load(Path(out, "checkpoint.pt"), weights_only=True)
+
+
+def same(one: object, two: object) -> bool:
+    """Bit for bit."""
+    return json.dumps(one, default=torch.Tensor.tolist) == json.dumps(two, default=torch.Tensor.tolist)

@@ -10,12 +10,12 @@ import pytest
 
 import compare
 import train
+from conftest import TINY, refusal
 from lab import experiments
-from support import folder
 from support.errors import Diverged
-from support.settings import parsed
-from support.tables import curves, latex, markdown, summarize, table
-from test_train import TINY, refusal
+from support.report.tables import curves, latex, markdown, summarize, table
+from support.runs import folder
+from support.runs.settings import parsed
 
 SHORT = f"{' '.join(TINY)} --rounds 1 --specialists 1 --data text"
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import data
-from support import corpora
-from support.corpora import CORPORA, EVERYTHING, Document
+from conftest import words
 from support.errors import BadInput
-from support.settings import Settings
-from texts import words
+from support.runs.settings import Settings
+from support.text import corpora
+from support.text.corpora import CORPORA, EVERYTHING, Document
 
 CACHE = Path("out/cache")
 

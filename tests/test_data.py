@@ -13,12 +13,12 @@ import tiktoken
 import torch
 
 import data
+from conftest import words
 from data import SPLITS, TEST, TRAIN, VALID, bytes_of
-from support.corpora import BUILTIN, EVERYTHING
 from support.errors import BadInput
-from support.settings import Settings
-from support.trigram import trigram_loss
-from texts import words
+from support.runs.settings import Settings
+from support.text.corpora import BUILTIN, EVERYTHING
+from support.text.trigram import trigram_loss
 
 BYTES = data.tokenizer("bytes")
 RANKS = {bytes([byte]): byte for byte in range(256)} | {b"-" * 2 ** n: 255 + n for n in range(1, 8)}

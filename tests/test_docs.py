@@ -12,11 +12,11 @@ import torch
 import compare
 import methods
 import train
+from conftest import TINY
 from lab import bench, experiments, pretrain, words
 from methods import METHODS
 from sample import Sampling
-from support.settings import Settings, parsed
-from test_train import TINY
+from support.runs.settings import Settings, parsed
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text().replace("\\\n", "") for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}

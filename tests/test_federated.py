@@ -9,7 +9,7 @@ from torch import nn
 from bilevel import Level, Rhythm, constant
 from federated import Server, User, average, federated_round, size_of
 from model import GENERALIST, ROUTER, SPECIALIST
-from support.guard import Guard
+from support.server.guard import Guard
 from tiny import bits, play, same, tiny, tiny_user
 
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import train
+from conftest import NAMES, command, same, state
 from support.errors import BadInput
-from support.folder import settings_of
-from support.guard import clip
-from support.privacy import epsilon
-from test_train import NAMES, command, same, state
+from support.runs.folder import settings_of
+from support.server.guard import clip
+from support.server.privacy import epsilon
 
 pytest.importorskip("flwr", reason="flwr isn't installed: pip install -r flower/requirements.txt")
 from flwr.app import Context, Error, RecordDict

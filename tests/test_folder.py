@@ -15,10 +15,12 @@ import torch
 
 import train
 from bilevel import Level
+from conftest import command, refusal, same, state
 from federated import Server, User
 from methods import METHODS, Method
-from support import folder
-from test_train import _text_and_base, command, refusal, same, state  # noqa: F401, the first is a fixture
+from support.runs import folder
+
+pytestmark = pytest.mark.usefixtures("text_and_base")
 
 RUN = "--specialists 1 --rounds 5 --router-every 3 --lr 1e-2"  # is saved after rounds 2, 4 and 5
 CUT, RESUME = Path("cut"), "--resume --out cut".split()

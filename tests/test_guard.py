@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from federated import Server
-from support.guard import Guard
-from support.privacy import epsilon
+from support.server.guard import Guard
+from support.server.privacy import epsilon
 from tiny import Stranger, same, seeded
 
 HELD = {"a": torch.zeros(200, 200), "b": torch.zeros(200, 200)}

@@ -17,11 +17,13 @@ import torch
 
 import data
 import sample
+from conftest import run
 from model import BACKBONE, GPT, GPTConfig
-from support import llama, pretrained, start
 from support.errors import BadInput
-from support.settings import Settings
-from test_train import run
+from support.pretrained import gpt2 as pretrained
+from support.pretrained import llama
+from support.runs import start
+from support.runs.settings import Settings
 
 ORACLE, LIBRARY = "the oracle; pip install -r requirements-dev.txt", "optional; pip install gguf"
 SHAPE = dict(vocab_size=265, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, n_hidden=80, tied=False)

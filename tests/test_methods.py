@@ -13,8 +13,8 @@ from federated import User, federated_round, size_of
 from methods import METHODS, balance, changes, flexlora_average, hetlora_average, kept
 from model import BACKBONE, GENERALIST, ROUTER, SPECIALIST, Routing
 from support.errors import BadInput
-from support.guard import Guard
-from support.settings import Settings
+from support.runs.settings import Settings
+from support.server.guard import Guard
 from tiny import Batches, bits, play, same, seeded, tiny_user
 
 lora_user = partial(tiny_user, expert="lora", lora_rank=4)

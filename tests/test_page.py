@@ -17,8 +17,8 @@ import data
 import sample
 import train
 from model import GENERALIST, SPECIALIST
-from support import page
-from support.folder import Learned
+from support.report import page
+from support.runs.folder import Learned
 from support.sampling import generate
 from tiny import tiny
 

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 import data
+from conftest import run, same, state, words
 from lab import pretrain
 from model import GPT
-from support import pretrained
-from test_train import run, same, state
-from texts import words
+from support.pretrained import gpt2 as pretrained
 
 
 def gpt2_tensors(V: int = 11, T: int = 12, L: int = 2, C: int = 8) -> dict[str, torch.Tensor]:

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import train
+from conftest import command, state
 from federated import User
-from support import processes
 from support.errors import BadInput
-from support.settings import parsed
-from test_train import command, state
+from support.runs import processes
+from support.runs.settings import parsed
 from tiny import Stranger
 
 

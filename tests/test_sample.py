@@ -11,7 +11,7 @@ import torch
 import data
 import sample
 import train
-from support.folder import Learned
+from support.runs.folder import Learned
 from tiny import tiny
 
 SCRATCH, LOW_RANK = "--n-layer 1 --n-embd 16 --n-head 2", "--init-from base.pt --expert lora"

@@ -1,6 +1,5 @@
 """The command line: the real command at a tiny size, what it writes, and what it refuses."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -13,58 +12,17 @@ from tqdm import tqdm
 
 import data
 import train
+from conftest import NAMES, SCHEDULE, TINY, begun, command, refusal, run, same, state
 from methods import METHODS, OWN
 from model import BACKBONE, GPT, ROUTER, SPECIALIST, GPTConfig
-from support import folder, measuring, page, pretrained, privacy, settings
-from support.settings import Settings, as_flags, parsed, status_of
-from support.trigram import trigram_loss
+from support.pretrained import gpt2 as pretrained
+from support.report import page
+from support.runs import folder, measuring, settings
+from support.runs.settings import Settings, as_flags, parsed, status_of
+from support.server import privacy
+from support.text.trigram import trigram_loss
 
-SHAPE = "--n-layer 1 --n-head 2 --n-embd 8"
-SCHEDULE = ("--users 3 --specialists 0,1,3 --block-size 8 --batch-size 2 --rounds 3 --local-steps 2 --router-every 2 "
-            "--router-steps 1 --warmup 1 --eval-every 2 --save-every 2")
-TINY = f"{SHAPE} {SCHEDULE}".split()
-NAMES = ("anna", "bert", "cleo")
-
-
-@pytest.fixture(autouse=True)
-def _text_and_base(corpus, tiny_base):
-    torch.save(tiny_base, "base.pt")
-
-
-def command(more: str = "", out: str = "run", lora: bool = False) -> list[str]:
-    """A tiny run's, from scratch, or with low-rank experts on a base. Of equal flags the last one counts."""
-    start = "--init-from base.pt --expert lora" if lora else SHAPE
-    return f"{start} {SCHEDULE} --data text --out {out} {more}".split()
-
-
-def run(more: str = "", out: str = "run", lora: bool = False) -> dict:
-    """Runs it; what is then in result.json."""
-    assert train.main(command(more, out, lora)) == 0
-    return json.loads(Path(out, "result.json").read_text())
-
-
-def begun(*how, **more) -> train.Run:
-    """A run that is ready to be played."""
-    return train.Run(parsed(command(*how, **more)))
-
-
-def refusal(capsys, arguments: list[str], main=train.main) -> str:
-    """The one line with which a command refuses."""
-    capsys.readouterr()
-    assert main(arguments) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    line, = printed.err.splitlines()
-    return line
-
-
-def state(out: str = "run") -> dict:
-    return torch.load(Path(out, "checkpoint.pt"), weights_only=True)
-
-
-def same(one: object, two: object) -> bool:
-    """Bit for bit."""
-    return json.dumps(one, default=torch.Tensor.tolist) == json.dumps(two, default=torch.Tensor.tolist)
+pytestmark = pytest.mark.usefixtures("text_and_base")
 
 
 def test_a_run_writes_what_it_promises(capsys):

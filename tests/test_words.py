@@ -4,9 +4,9 @@ import numpy as np
 
 import data
 import train
+from conftest import SCHEDULE, SHAPE, refusal
 from lab import languages, words
-from support.folder import Learned
-from test_train import SCHEDULE, SHAPE, refusal
+from support.runs.folder import Learned
 from tiny import tiny
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from federated import Message, Server, User
 from methods import METHODS
-from support.settings import Settings, refuse
+from support.runs.settings import Settings, refuse
 
 PATIENCE = timedelta(days=1)  # with a process that is slower; one that has died is noticed at once
 

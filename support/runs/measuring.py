@@ -16,10 +16,10 @@ from methods import METHODS
 from model import GENERALIST, ROLES
 from support.errors import Diverged
 from support.files import kept
-from support.pretrained import Base
-from support.privacy import sentence
-from support.settings import Settings
-from support.trigram import trigram_loss
+from support.pretrained.gpt2 import Base
+from support.runs.settings import Settings
+from support.server.privacy import sentence
+from support.text.trigram import trigram_loss
 
 DIVERGED = 100.0  # nats; guessing at random costs less than 11, with GPT-2's vocabulary
 GLANCE = 2048  # tokens of a user's validation text that a point of its curve is made of

@@ -18,9 +18,9 @@ import torch
 from data import BUILTIN_TRAIN_KB
 from methods import METHODS
 from model import EXPERTS
-from support import pretrained
-from support.corpora import BUILTIN, CORPORA, TABLES
 from support.errors import BadInput
+from support.pretrained import gpt2 as pretrained
+from support.text.corpora import BUILTIN, CORPORA, TABLES
 
 
 @dataclass(frozen=True)

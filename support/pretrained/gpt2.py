@@ -1,5 +1,5 @@
-"""A pretrained model to start from: SmolLM2 or OpenAI's GPT-2 by name, a Llama's .gguf (support/llama.py), or a file
-with tensors under GPT-2's names.
+"""A pretrained model to start from: SmolLM2 or OpenAI's GPT-2 by name, a Llama's .gguf
+(support/pretrained/llama.py), or a file with tensors under GPT-2's names.
 
     python -c "from support import pretrained; print(pretrained.load('gpt2').config)"
 
@@ -17,8 +17,8 @@ import tiktoken
 import torch
 from torch import Tensor, nn
 
-from support import llama
 from support.errors import BadInput, optional
+from support.pretrained import llama
 
 NAMES = ("smollm2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
@@ -98,7 +98,7 @@ def sha256_of(path: Path) -> str:
 
 
 def llama_of(name: str, dtype: torch.dtype) -> Base:
-    """A file that support/llama.py reads. Raises BadInput."""
+    """A file that support/pretrained/llama.py reads. Raises BadInput."""
     file = llama.File(name, "init_from")
     config = file.shape()
     return Base(name, sha256_of(file.path), file.tensors(config, dtype), config, name, file.tokenizer())

@@ -25,7 +25,7 @@ from support.errors import BadInput, optional
 from support.files import write, write_text
 
 if TYPE_CHECKING:
-    from support.settings import Settings
+    from support.runs.settings import Settings
 
 TABLES = (".csv", ".jsonl")
 EXCERPT = 5_000  # characters of a builtin document that are used: many documents, none outweighing the others

@@ -16,7 +16,7 @@ import data
 from bilevel import evaluate
 from model import GENERALIST, GPT, dense_gates
 from support.files import read_json, read_lines, write_text
-from support.folder import Learned
+from support.runs.folder import Learned
 from support.sampling import stream
 
 SHOWN = 8  # users on the page, at most

@@ -4,7 +4,7 @@
     python train.py --users 100 --participation 0.1 --clip-update 1 --dp-noise 4
 """
 
-from support.settings import Settings
+from support.runs.settings import Settings
 
 WORTH = 0.01  # a δ above this is worth little: it is the chance that the guarantee fails
 

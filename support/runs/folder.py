@@ -29,8 +29,8 @@ from federated import User
 from model import GPT
 from support.errors import BadInput
 from support.files import locked, on_disk, read_json, write, write_json, write_text
-from support.pretrained import Base
-from support.settings import GROUPS, NO_MEMORY, Settings, given_in, plain, refuse, refuse_rest
+from support.pretrained.gpt2 import Base
+from support.runs.settings import GROUPS, NO_MEMORY, Settings, given_in, plain, refuse, refuse_rest
 
 FORMAT = 5  # of config.json and checkpoints
 DECIDING = ("model", "bilevel", "federated", "methods", "data", "support/kernels")  # code whose digest is kept
@@ -47,7 +47,7 @@ def config_of(settings: Settings, start: Base, texts: list[Text]) -> dict:
 
 def code() -> str:
     """A digest of the code that decides figures: of what it does, not of its comments and docstrings."""
-    trees = [ast.parse((Path(__file__).parent.parent / f"{name}.py").read_text(encoding="utf-8")) for name in DECIDING]
+    trees = [ast.parse((Path(__file__).parents[2] / f"{name}.py").read_text(encoding="utf-8")) for name in DECIDING]
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             del node.body[0]

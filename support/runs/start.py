@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 
 import data
-from support import pretrained
 from support.errors import BadInput
-from support.pretrained import Base
-from support.settings import SCRATCH, Settings, Training
+from support.pretrained import gpt2 as pretrained
+from support.pretrained.gpt2 import Base
+from support.runs.settings import SCRATCH, Settings, Training
 
 
 def blank(settings: Training, tokenizer: str) -> Base:
