@@ -1,13 +1,23 @@
 """The two levels and their alternation, for one user.
 
-    upper level    min over φ                L(X_valid; Θ*, φ)    the router, on text from the target distribution
-    lower level    Θ* in argmin over Θ       L(X_train; Θ, φ)     everything else that learns, on the user's own text
+The problem of the paper is bi-level:
 
-The generalists in Θ are common to all users, and their lower level is the sum of the users' losses: the average that
-the server takes after each round (federated.py) stands for that.
+    upper level    min over φ_i          L(X_i^valid; Θ*, φ_i)                    the router
+    lower level    Θ* = argmin over Θ    Σ_i L(X_i^train; θ^G, θ_i^S, φ_i)        the experts
 
-A level owns its parameters, its stream of batches and its optimizer. Its step differentiates with respect to its own
-parameters only, so no gradient of one level ever reaches the other.
+`alternate` approximates it, in three ways:
+
+- Θ* is not the argmin. A few steps on Θ are followed by a few steps on φ, and so on.
+- The router's gradient holds Θ fixed. The dependence of Θ* on φ (the hypergradient) is dropped, so
+  what remains is alternating minimization of two losses: where it stops, each level is at a minimum
+  given the other, which need not be the minimum of the bi-level problem.
+- θ^G is common to all users, and the sum over users is replaced by averaging (federated.py).
+
+A "step" on either level is an AdamW step. Its moments stay with the user, also when the server's
+average replaces the parameters.
+
+A level owns its parameters, its stream of batches and its optimizer. Its step differentiates with
+respect to its own parameters only, so no gradient of one level ever reaches the other.
 
     python -m pytest tests/test_bilevel.py
 """
@@ -26,7 +36,7 @@ Batch = tuple[Tensor, Tensor]  # inputs and targets, (B, T) token numbers each
 
 
 def cosine(steps: int, warmup: int) -> Callable[[int], float]:
-    """The experts' schedule, as a factor: linear up over `warmup` steps, a cosine down to a tenth at `steps`."""
+    """The experts' learning rate as a factor: linear up over `warmup` steps, a cosine down to a tenth at `steps`."""
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
@@ -36,45 +46,51 @@ def cosine(steps: int, warmup: int) -> Callable[[int], float]:
 
 
 def constant(step: int) -> float:
-    """The routers' schedule."""
+    """The routers' learning rate as a factor."""
     return 1.0
 
 
 class Level:
-    """One level: the parameters it moves, the batches it learns from, its AdamW and its learning-rate schedule.
+    """One level: its parameters, the batches that train them, AdamW and a learning-rate schedule.
 
-    hyper: the method's hyper-parameters, by name. memory: what a method remembers here, tensors and numbers by name.
+    hyper: the method's hyper-parameters, by name.
+    memory: what a method remembers here between steps, by name; checkpoints save it.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], batches: Iterator[Batch], lr: float,
                  weight_decay: float = 0.0, schedule: Callable[[int], float] = constant,
                  hyper: dict[str, float] | None = None):
         self.parameters = list(parameters.values())
-        self.batches, self.hyper, self.memory = batches, hyper or {}, {}
-        self.optimizer = torch.optim.AdamW(self.parameters, lr, (0.9, 0.95), weight_decay=weight_decay, fused=True)
+        self.batches = batches
+        self.hyper = hyper or {}
+        self.memory = {}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
         self.schedule = LambdaLR(self.optimizer, schedule)
 
     @property
     def steps(self) -> int:
-        """Steps taken in the user's life."""
+        """Steps so far, over all rounds."""
         return self.schedule.last_epoch
 
     def step(self, model: GPT) -> Tensor:
-        """Take one step down the loss on this level's next batch. Returns that loss as it was before, in nats."""
-        loss, extra = self.losses(model, *next(self.batches))
-        self.differentiate(loss + extra)
+        """Descend on this level's next batch. Returns the loss before the step, in nats."""
+        idx, targets = next(self.batches)
+        loss, objective = self.objective(model, idx, targets)
+        self.differentiate(objective)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
         return loss.detach()
 
-    def losses(self, model: GPT, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | float]:
-        """The loss, and what a method adds to it (methods.py), which is descended but never reported."""
+    def objective(self, model: GPT, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss that is reported, and the objective that is descended. A method may add terms to the latter."""
         _, loss = model(idx, targets)
-        return loss, 0.0
+        return loss, loss
 
-    def differentiate(self, loss: Tensor) -> None:
-        loss.backward(inputs=self.parameters)  # of this level only: nothing lands in the other's .grad
+    def differentiate(self, objective: Tensor) -> None:
+        """Compute the gradients of this level's parameters. `inputs` keeps all others without one."""
+        objective.backward(inputs=self.parameters)
 
     def state(self) -> dict:
         """Everything that the next steps depend on, besides the parameters."""
@@ -93,34 +109,36 @@ class Rhythm:
     """When each level takes its steps."""
 
     local_steps: int  # expert steps in a round
-    router_every: int  # expert steps between two visits to the upper level, counted over the user's life
-    router_steps: int  # router steps in such a visit
+    router_every: int  # expert steps between two turns of the router, counted over all rounds
+    router_steps: int  # router steps in a turn
 
 
 def alternate(model: GPT, lower: Level, upper: Level | None, rhythm: Rhythm) -> Tensor:
-    """One user's work in one round (alternating minimisation). Returns the mean training loss, in nats.
+    """One user's local steps in a round, by alternating minimization. Returns the mean training loss, in nats.
 
-    `upper` is None for methods without a router to teach.
+    upper: None for a method that doesn't train a router.
     """
     losses = []
     for _ in range(rhythm.local_steps):
-        losses.append(lower.step(model))  # 1. Θ ← Θ − η ∇_Θ L(X_train; Θ, φ)
-        if upper and lower.steps % rhythm.router_every == 0:
+        loss = lower.step(model)  # Θ_i ← Θ_i − η ∇_Θ L(X_i^train; Θ_i, φ_i)
+        losses.append(loss)
+        if upper is not None and lower.steps % rhythm.router_every == 0:
             for _ in range(rhythm.router_steps):
-                upper.step(model)  # 2. φ ← φ − η' ∇_φ L(X_valid; Θ, φ)
+                upper.step(model)  # φ_i ← φ_i − η' ∇_φ L(X_i^valid; Θ_i, φ_i)
     return torch.stack(losses).mean()
 
 
 @torch.no_grad()
-def evaluate(model: GPT, batches: Iterator[Batch], gates: Tensor | None = None) -> tuple[float, Tensor]:
-    """Mean cross-entropy over all targets, in nats, and the mean gate of each expert in each layer, (L, E).
+def evaluate(model: GPT, batches: Iterator[Batch], fixed_gates: Tensor | None = None) -> tuple[float, Tensor]:
+    """Mean cross-entropy over all targets, in nats, and each layer's mean gate of each expert, (L, E).
 
-    gates (L, E): weights that stand in for the routers'.
+    fixed_gates (L, E): weights for every token, instead of the routers'.
     """
-    loss, sums, count = 0.0, 0.0, 0
+    total_loss, total_gates, count = 0.0, 0.0, 0
     for idx, targets in batches:
-        hidden, routings = model.trunk(idx, gates)
-        loss += model.loss(hidden, targets).item() * targets.numel()
-        sums += torch.stack([dense_gates(routing, model.config.n_experts).sum(0) for routing in routings])
+        hidden, routings = model.trunk(idx, fixed_gates)
+        total_loss += model.loss(hidden, targets).item() * targets.numel()
+        gates = [dense_gates(routing, model.config.n_experts).sum(0) for routing in routings]  # L × (E,)
+        total_gates += torch.stack(gates)
         count += targets.numel()
-    return loss / count, sums / count
+    return total_loss / count, total_gates / count

@@ -1,14 +1,15 @@
 """The network: a GPT-2 or a Llama in which every feed-forward block is a top-k mixture of experts.
 
-Read it from top to bottom: the configuration, which says what separates the two, low-rank changes, attention, the
-router, the two kinds of experts, the mixture, the block, the whole. Nothing here knows about users, rounds or levels;
-the model only says which role each of its parameters has.
+Read it from top to bottom: the configuration, LoRA, attention, the router, the experts, the
+mixture, the block, the GPT. Nothing here knows about users, rounds or levels. The model only says
+which role each of its parameters has.
 
     python -m pytest tests/test_model.py
 
-Shapes: B sequences of T tokens, C channels, H heads of D channels, K heads of keys and values, F channels inside a
-feed-forward block, V vocabulary, L layers; N = B·T tokens in a row, E experts in a layer, k of them chosen for a token,
-r the rank of their changes.
+Shapes, as trailing comments give them:
+    B sequences of T tokens, N = B·T tokens in all; C channels; H query heads and K key/value heads
+    of D channels; L layers; E experts in a layer, k of them selected for a token; r LoRA rank;
+    V vocabulary size
 """
 
 import re
@@ -23,49 +24,61 @@ from torch.utils.checkpoint import checkpoint
 
 from support import kernels
 
-# What a parameter is for. Averaged? Trained, and on which text? Counted? Saved? All of it is read off the role.
-BACKBONE, GENERALIST, SPECIALIST, ROUTER = ROLES = ("backbone", "generalist", "specialist", "router")
+# The role of a parameter decides whether it is averaged, which text trains it, and whether it is saved.
+BACKBONE = "backbone"  # pretrained and frozen
+GENERALIST = "generalist"  # θ^G: trained on training text, averaged over the users
+SPECIALIST = "specialist"  # θ_i^S: trained on training text, stays with its user
+ROUTER = "router"  # φ_i: trained on validation text, stays with its user
+ROLES = (BACKBONE, GENERALIST, SPECIALIST, ROUTER)
 
 
 @dataclass
 class GPTConfig:
-    """Everything that shapes a model; the names are those of the command line. Raises ValueError."""
+    """The shape of a model. Raises ValueError."""
 
     vocab_size: int
     block_size: int = 64
     n_layer: int = 3
     n_head: int = 4
     n_embd: int = 128
-    # What separates a Llama from a GPT-2, which is the default:
-    n_kv_head: int | None = None  # heads of keys and values, which n_head / n_kv_head queries share; None: n_head
-    n_hidden: int | None = None  # F, channels inside a feed-forward block; None: 4 n_embd
-    feed_forward: str = "gelu"  # "gelu"; "gelu-tanh", GPT-2's own approximation of it; "swiglu", Llama's
+    # Differences between a GPT-2 (the defaults) and a Llama:
+    n_kv_head: int | None = None  # key/value heads; each serves n_head / n_kv_head query heads; None: n_head
+    n_hidden: int | None = None  # channels inside a feed-forward block; None: 4 n_embd
+    feed_forward: str = "gelu"  # "gelu"; "gelu-tanh", GPT-2's approximation; "swiglu", Llama's
     norm: str = "layer"  # a key of NORMS
     norm_eps: float = 1e-5
     rotary_base: float | None = None  # None: learned positions
-    rotary_factors: list[float] | None = None  # that slow each pair of channels down, for long texts; None: all 1
-    bias: bool = True  # of linear maps
-    tied: bool = True  # the tokens' embedding is also the head
-    # The mixture:
+    rotary_factors: list[float] | None = None  # D/2 divisors of the rotary frequencies, for long texts; None: 1
+    bias: bool = True  # linear maps have a bias
+    tied: bool = True  # the token embedding is also the language-model head
+    # The mixture of experts:
     generalists: int = 1  # G, the first experts of every layer
-    specialists: int = 1  # S, the others
-    top_k: int = 2  # k; a model with fewer experts uses all it has
-    routed: bool = True  # False: no router, every expert always has the weight 1/E
+    specialists: int = 1  # S, the other experts
+    top_k: int = 2  # k; a model with fewer experts uses all of them
+    routed: bool = True  # False: there is no router, and every expert has the weight 1/E
     expert: str = "mlp"  # a key of EXPERTS
-    lora_rank: int = 8  # r, of "lora"
-    roles: dict[str, str] = field(default_factory=dict)  # a method's changes: {"specialist": "generalist"}; the factors
-    # of low-rank changes can have roles of their own: {"A": "backbone"}
-    dtype: str = "float32"  # or "bfloat16", of what is frozen and of the work on it; what learns is in float32
+    lora_rank: int = 8  # r, with "lora"
+    roles: dict[str, str] = field(default_factory=dict)  # a method's changes, {"specialist": "generalist"};
+    # "lora_A" and "lora_B" give a role to one factor of every adapter
+    dtype: str = "float32"  # or "bfloat16": of frozen weights and activations; trained weights are float32
+    use_kernels: bool = True  # use support/kernels.py where it is faster than the code in this file
 
     def __post_init__(self):
-        self.n_kv_head = self.n_kv_head or self.n_head
-        self.n_hidden = self.n_hidden or 4 * self.n_embd
-        if self.n_embd % self.n_head:
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        if self.n_hidden is None:
+            self.n_hidden = 4 * self.n_embd
+        if self.n_embd % self.n_head != 0:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.dtype == "bfloat16" and self.expert != "lora":
-            raise ValueError("dtype bfloat16 is of what is frozen: it needs expert lora")
+            raise ValueError("dtype bfloat16 applies to frozen weights: it needs expert lora")
         if self.n_experts < 1:
             raise ValueError("a layer needs an expert: generalists + specialists is 0")
+        for name, role in self.roles.items():
+            if name not in (*ROLES, "lora_A", "lora_B"):
+                raise ValueError(f"roles: {name} is neither a role nor a LoRA factor")
+            if role not in ROLES:
+                raise ValueError(f"roles: {role} is not one of {', '.join(ROLES)}")
 
     @property
     def n_experts(self) -> int:
@@ -73,262 +86,311 @@ class GPTConfig:
         return self.generalists + self.specialists
 
     @property
-    def kinds(self) -> list[str]:
-        """The kind of each of a layer's experts, in order."""
+    def expert_kinds(self) -> list[str]:
+        """The kind of each expert of a layer, generalists first, as in the paper."""
         return [GENERALIST] * self.generalists + [SPECIALIST] * self.specialists
 
     @property
     def expert_roles(self) -> list[str]:
-        """The role that each of them has with this method."""
-        return [self.roles.get(kind, kind) for kind in self.kinds]
+        """The role of each expert of a layer, with the method's changes."""
+        return [self.roles.get(kind, kind) for kind in self.expert_kinds]
 
     @property
     def trunk_role(self) -> str:
-        """The role of embeddings, norms and attention, which are frozen where experts are changes of a frozen block."""
+        """The role of embeddings, norms and attention: frozen if the experts are LoRA adapters."""
         return BACKBONE if self.expert == "lora" else GENERALIST
 
 
-def having_role(role: str, module: nn.Module) -> nn.Module:
+def with_role(role: str, module: nn.Module) -> nn.Module:
+    """Give a module, and so its parameters, a role."""
     module.role = role
     return module
 
 
-def table(rows: int, config: GPTConfig) -> nn.Embedding:
-    """A learned vector for each of so many tokens or positions."""
-    return having_role(config.trunk_role, nn.Embedding.from_pretrained(torch.empty(rows, config.n_embd), freeze=False))
+def embedding(rows: int, config: GPTConfig) -> nn.Embedding:
+    """A learned vector per token or position. (nn.Embedding's own start would cost random numbers.)"""
+    empty = torch.empty(rows, config.n_embd)
+    return with_role(config.trunk_role, nn.Embedding.from_pretrained(empty, freeze=False))
 
 
-NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}  # x / √(mean of x² + ε); a LayerNorm takes the mean off x first
+NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
 def norm(config: GPTConfig) -> nn.Module:
-    return having_role(config.trunk_role, NORMS[config.norm](config.n_embd, config.norm_eps))
+    return with_role(config.trunk_role, NORMS[config.norm](config.n_embd, config.norm_eps))
 
 
-class LowRank(nn.Module):
-    """A low-rank change s·B A of a linear map, s = α/√r. B = 0 at the start: no change.
+# --- LoRA ------------------------------------------------------------------------------------------
 
-    LoRA (Hu et al. 2021, section 4.1) with the scale of rsLoRA (Kalajdzievski 2023), as in the paper.
-    """
+LORA_ALPHA = 16  # α
 
-    ALPHA = 16  # α
+
+def lora_scale(rank: int) -> float:
+    """s = α/√r, the scale of rsLoRA (Kalajdzievski 2023), as in the paper."""
+    return LORA_ALPHA / rank**0.5
+
+
+class LoRAAdapter(nn.Module):
+    """A low-rank change s·BA of a linear map (Hu et al. 2021, section 4.1). It starts at B = 0: no change."""
 
     def __init__(self, n_in: int, n_out: int, rank: int, role: str):
         super().__init__()
         self.role = role
-        self.A = nn.Parameter(torch.empty(rank, n_in))
-        self.B = nn.Parameter(torch.empty(n_out, rank))
-
-    @classmethod
-    def scale_of(cls, rank: int) -> float:
-        return cls.ALPHA / rank ** 0.5
+        self.lora_A = nn.Parameter(torch.empty(rank, n_in))
+        self.lora_B = nn.Parameter(torch.empty(n_out, rank))
 
 
-class ChangedLinear(nn.Linear):
-    """A frozen linear map W with E low-rank changes, a role for each: W x + Σ s·B_e A_e x."""
+class LoRALinear(nn.Linear):
+    """A frozen linear map with one adapter for each of the given roles: W x + b + Σ_e s·B_e A_e x."""
 
-    def __init__(self, n_in: int, n_out: int, config: GPTConfig, roles: list[str]):
+    def __init__(self, n_in: int, n_out: int, config: GPTConfig, adapter_roles: list[str]):
         super().__init__(n_in, n_out, config.bias)
-        self.changes = nn.ModuleList(LowRank(n_in, n_out, config.lora_rank, role) for role in roles)
+        adapters = [LoRAAdapter(n_in, n_out, config.lora_rank, role) for role in adapter_roles]
+        self.adapters = nn.ModuleList(adapters)
 
-    def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """All changes' s·A (E·r, n_in), one below the other, and B (n_out, E·r), side by side, in the dtype of x."""
-        A, B = torch.cat([change.A for change in self.changes]), torch.cat([change.B for change in self.changes], 1)
-        scale = LowRank.scale_of(len(A) // len(self.changes))
-        return (scale * A).to(x.dtype), B.to(x.dtype)
+    def stacked_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """All adapters' s·A, one below the other (E·r, n_in), and their B, side by side (n_out, E·r)."""
+        A = torch.cat([adapter.lora_A for adapter in self.adapters])
+        B = torch.cat([adapter.lora_B for adapter in self.adapters], dim=1)
+        rank = len(A) // len(self.adapters)
+        return (lora_scale(rank) * A).to(dtype), B.to(dtype)
 
     def frozen(self, x: Tensor) -> Tensor:
+        """W x + b."""
         return super().forward(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, (A, B) = x.flatten(0, -2), self.factors(x)  # (n, n_in)
-        return torch.addmm(self.frozen(rows), F.linear(rows, A), B.t()).unflatten(0, x.shape[:-1])
+        rows = x.flatten(0, -2)  # (N, n_in)
+        A, B = self.stacked_factors(x.dtype)
+        low = F.linear(rows, A)  # (N, E·r)
+        y = torch.addmm(self.frozen(rows), low, B.t())  # (N, n_out)
+        return y.unflatten(0, x.shape[:-1])
 
 
-def linear(n_in: int, n_out: int, config: GPTConfig, roles: list[str]) -> nn.Linear:
-    """A linear map; where experts are low-rank changes, a frozen one with changes of these roles."""
-    return ChangedLinear(n_in, n_out, config, roles) if config.expert == "lora" else nn.Linear(n_in, n_out, config.bias)
+def linear(n_in: int, n_out: int, config: GPTConfig, adapter_roles: list[str]) -> nn.Linear:
+    """A linear map. If experts are LoRA adapters, it is frozen and has adapters with these roles."""
+    if config.expert == "lora":
+        return LoRALinear(n_in, n_out, config, adapter_roles)
+    return nn.Linear(n_in, n_out, config.bias)
 
 
-def turns(config: GPTConfig, positions: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021, section 3.2): the complex number that turns pair i of a head's D channels at
-    position t, by an angle of t · base^(-2i/D) / factor_i: (T,) -> (T, 1, D/2)."""
+# --- attention -------------------------------------------------------------------------------------
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rope_cache(config: GPTConfig, positions: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, section 3.2): (T,) -> (T, 1, D/2) complex numbers.
+
+    At position t, channel pair i of a head is rotated by the angle t · base^(-2i/D) / factor_i.
+    """
     D = config.n_embd // config.n_head
     i = torch.arange(D // 2, device=positions.device)
     factors = torch.tensor(config.rotary_factors or 1.0, device=positions.device)
-    angles = positions[:, None, None] * (config.rotary_base ** (-2 * i / D) / factors)
+    frequencies = config.rotary_base ** (-2 * i / D) / factors  # (D/2,)
+    angles = positions[:, None, None] * frequencies  # (T, 1, D/2)
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def turned(x: Tensor, turn: Tensor) -> Tensor:
-    """Every pair of neighbouring channels turned, in float32 at least: (B, T, heads, D) -> the same."""
-    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))  # (B, T, heads, D/2, 2)
-    return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).to(x.dtype)
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate every pair of neighbouring channels: (B, T, heads, D) -> the same shape."""
+    pairs = at_least_float32(x).unflatten(-1, (-1, 2))  # (B, T, heads, D/2, 2)
+    rotated = torch.view_as_complex(pairs) * rope  # (B, T, heads, D/2)
+    return torch.view_as_real(rotated).flatten(-2).to(x.dtype)
 
 
-Past = list[Tensor]  # a layer's keys and values of earlier tokens, (B, K, tokens, D) each; empty at the beginning
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √D) v, in which the last of T queries sees all S keys, and each one before it one less.
+
+    q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). T is less than S if keys come from a cache.
+    """
+    T, S = q.shape[2], k.shape[2]
+    keys_shared = q.shape[1] > k.shape[1]
+    if T == S:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=keys_shared)
+    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)  # (T, S)
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=keys_shared)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with H heads of D channels, which share K heads of keys and values: (B, T, C) -> (B, T, C).
-    The T tokens follow the past, which grows by them."""
+    """Causal self-attention with H query heads that share K key/value heads: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.role = config.trunk_role
-        self.H, self.K, C = config.n_head, config.n_kv_head, config.n_embd
-        self.D = C // self.H
-        self.qkv = linear(C, (self.H + 2 * self.K) * self.D, config, [GENERALIST])
-        self.out = linear(C, C, config, [GENERALIST])
+        self.use_kernels = config.use_kernels
+        self.H = config.n_head
+        self.K = config.n_kv_head
+        self.D = config.n_embd // config.n_head
+        n_qkv = (self.H + 2 * self.K) * self.D
+        self.qkv_proj = linear(config.n_embd, n_qkv, config, [GENERALIST])
+        self.out_proj = linear(config.n_embd, config.n_embd, config, [GENERALIST])
 
-    def forward(self, x: Tensor, turn: Tensor | None = None, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor | None = None, kv_cache=None) -> Tensor:
+        """kv_cache: this layer's (support/sampling.py); its tokens come before those of x."""
         B, T, C = x.shape
-        qk, v = self.qkv(x).unflatten(-1, (-1, self.D)).split((self.H + self.K, self.K), 2)
-        q, k = (qk if turn is None else turned(qk, turn)).split((self.H, self.K), 2)
-        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H, T, D), (B, K, T, D), (B, K, T, D)
-        if past:
-            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)  # (B, K, past + T, D)
-        if past is not None:
-            past[:] = [k, v]
-        y = kernels.attention(q, k, v)  # (B, H, T, D)
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.D))  # (B, T, H + 2K, D)
+        q, k, v = qkv.split((self.H, self.K, self.K), dim=2)
+        if rope is not None:
+            q = apply_rope(q, rope)
+            k = apply_rope(k, rope)
+        q = q.transpose(1, 2)  # (B, H, T, D)
+        k = k.transpose(1, 2)  # (B, K, T, D)
+        v = v.transpose(1, 2)  # (B, K, T, D)
+        if kv_cache is not None:
+            k, v = kv_cache.append(k, v)  # (B, K, S, D), S tokens so far
+        if self.use_kernels and kernels.has_attention_for(q):
+            y = kernels.attention(q, k, v)  # the same numbers, faster
+        else:
+            y = causal_attention(q, k, v)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.out_proj(y)
+
+
+# --- the mixture of experts ------------------------------------------------------------------------
 
 
 class Expert(nn.Module):
-    """One expert, a feed-forward block: (n, C) -> (n, F) -> (n, C).
+    """A feed-forward block: (n, C) -> (n, n_hidden) -> (n, C).
 
-    GPT-2's is down · gelu(up · x). Llama's, SwiGLU, is down · (silu(gate · x) ⊙ up · x) (Shazeer 2020).
+    GPT-2's is down(gelu(up(x))). Llama's, SwiGLU, is down(silu(gate(x)) ⊙ up(x)) (Shazeer 2020).
     """
 
     def __init__(self, config: GPTConfig, role: str):
         super().__init__()
         self.role = role
-        C, F, kinds = config.n_embd, config.n_hidden, config.kinds
-        self.gelu = "tanh" if config.feed_forward == "gelu-tanh" else "none"
-        self.gate = linear(C, F, config, kinds) if config.feed_forward == "swiglu" else None
-        self.up, self.down = linear(C, F, config, kinds), linear(F, C, config, kinds)
+        self.approximate = "tanh" if config.feed_forward == "gelu-tanh" else "none"
+        C, n_hidden, kinds = config.n_embd, config.n_hidden, config.expert_kinds
+        self.gate_proj = linear(C, n_hidden, config, kinds) if config.feed_forward == "swiglu" else None
+        self.up_proj = linear(C, n_hidden, config, kinds)
+        self.down_proj = linear(n_hidden, C, config, kinds)
 
     @property
-    def into(self) -> list[nn.Linear]:
-        return [self.up, self.gate] if self.gate else [self.up]
+    def input_projections(self) -> list[nn.Linear]:
+        """The linear maps that read x; `activation` takes their outputs in this order."""
+        if self.gate_proj is None:
+            return [self.up_proj]
+        return [self.up_proj, self.gate_proj]
 
-    def activated(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
-        return F.gelu(up, approximate=self.gelu) if gate is None else F.silu(gate) * up
+    def activation(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
+        if gate is None:
+            return F.gelu(up, approximate=self.approximate)
+        return F.silu(gate) * up
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activated(*(linear(x) for linear in self.into)))
+        projected = [projection(x) for projection in self.input_projections]
+        return self.down_proj(self.activation(*projected))
 
 
 class Routing(NamedTuple):
-    """What a layer's router decided: for each token the k experts it goes to, and their weights, which sum to 1.
-
-    Where k = E, the experts stand in their own order, generalists first.
-    """
+    """The experts that each token goes to, and their weights."""
 
     gates: Tensor  # (N, k)
-    chosen: Tensor  # (N, k), numbers of experts
-    scores: Tensor | None = None  # (N, E), of all experts; None where there is no router
+    selected: Tensor  # (N, k), indices of experts
+    logits: Tensor | None = None  # (N, E), the router's; None without a router
 
 
-def to_all(gates: Tensor, scores: Tensor | None = None) -> Routing:
-    """Every token goes to all experts, in order: gates (N, E)."""
-    return Routing(gates, torch.arange(gates.shape[1], device=gates.device).expand_as(gates), scores)
+def to_all(gates: Tensor, logits: Tensor | None = None) -> Routing:
+    """Send every token to all experts: gates (N, E)."""
+    selected = torch.arange(gates.shape[1], device=gates.device).expand_as(gates)
+    return Routing(gates, selected, logits)
 
 
 class Router(nn.Module):
-    """φ: one linear map that picks k experts for each token and weighs them: (N, C) -> Routing."""
+    """φ: one linear map that selects k experts for each token and weighs them: (N, C) -> Routing."""
 
     role = ROUTER
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.top_k = min(config.top_k, config.n_experts)
-        self.scores = nn.Linear(config.n_embd, config.n_experts, bias=False)
+        self.linear = nn.Linear(config.n_embd, config.n_experts, bias=False)
 
     def forward(self, x: Tensor) -> Routing:
-        scores = self.scores(x.to(self.scores.weight.dtype))  # (N, E)
-        if self.top_k == scores.shape[1]:
-            return to_all(scores.softmax(-1), scores)
-        highest, chosen = scores.topk(self.top_k)  # (N, k) each
-        return Routing(highest.softmax(-1), chosen, scores)  # a softmax over the chosen only
-
-
-def by_expert(routing: Routing, E: int) -> tuple[Tensor, Tensor, list[int]]:
-    """All token-expert pairs, expert by expert: each pair's token (N·k,) and gate (N·k, 1), and how many pairs each
-    expert has.
-
-    gates [[.7, .3], [.6, .4]], chosen [[2, 0], [2, 1]], E = 3
-    -> tokens [0, 1, 0, 1], gates [.3, .4, .7, .6], counts [1, 1, 2]
-    """
-    chosen = routing.chosen.flatten()  # (N·k,), token by token
-    order = chosen.argsort(stable=True)
-    gates = routing.gates.flatten().index_select(0, order)[:, None]
-    return order // routing.chosen.shape[1], gates, chosen.bincount(minlength=E).tolist()
+        logits = self.linear(x.to(self.linear.weight.dtype))  # (N, E)
+        if self.top_k == logits.shape[1]:
+            return to_all(logits.softmax(-1), logits)
+        highest, selected = logits.topk(self.top_k)  # (N, k) each
+        return Routing(highest.softmax(-1), selected, logits)
 
 
 def dense_gates(routing: Routing, E: int) -> Tensor:
-    """The weight of every expert for every token, 0 where not chosen: (N, E).
+    """The weight of every expert for every token, 0 for an expert that isn't selected: (N, E).
 
-    gates [[.7, .3]], chosen [[2, 0]], E = 3 -> [[.3, 0, .7]]
+    gates [[.7, .3]], selected [[2, 0]], E = 3 -> [[.3, 0, .7]]
     """
-    return routing.gates.new_zeros(len(routing.gates), E).scatter(1, routing.chosen, routing.gates)
+    zeros = routing.gates.new_zeros(len(routing.gates), E)
+    return zeros.scatter(1, routing.selected, routing.gates)
 
 
 class MLPExperts(nn.ModuleList):
-    """E separate feed-forward blocks and their mixture y = Σ_{e chosen} gate_e · expert_e(x): (N, C) -> (N, C)."""
+    """E separate feed-forward blocks, and their mixture y = Σ_{e selected} gate_e · expert_e(x)."""
 
     def __init__(self, config: GPTConfig):
-        super().__init__(Expert(config, kind) for kind in config.kinds)
+        super().__init__(Expert(config, kind) for kind in config.expert_kinds)
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        if routing.chosen.shape[1] == len(self):  # everyone works for every token: nothing to dispatch
-            return sum(gate[:, None] * expert(x) for gate, expert in zip(routing.gates.unbind(1), self, strict=True))
-        token, gates, counts = by_expert(routing, len(self))
-        inputs = x.index_select(0, token).split(counts)  # E × (n_e, C)
-        outputs = torch.cat([expert(x_e) for expert, x_e in zip(self, inputs, strict=True)])  # (N·k, C)
-        return torch.zeros_like(x).index_add(0, token, gates * outputs)
+    def forward(self, x: Tensor, gates: Tensor, selected: Tensor) -> Tensor:
+        """x (N, C), gates and selected (N, k) -> (N, C)."""
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self):
+            token, slot = torch.where(selected == e)  # the tokens that selected expert e, (n,) each
+            output = expert(x[token])  # (n, C)
+            y.index_add_(0, token, gates[token, slot, None] * output)
+        return y
 
 
 class LoRAExperts(nn.Module):
-    """E low-rank changes of one frozen feed-forward block U, D, and their mixture: (N, C) -> (N, C).
+    """E low-rank changes of one frozen feed-forward block, and their mixture: an optimization.
 
-        expert_e(x) = (D + s·B'_e A'_e) h_e,    h_e = gelu((U + s·B_e A_e) x),    s = α/√r
-        y = Σ gate_e · expert_e(x) = D Σ gate_e·h_e + s·B' Σ [e]·A' (gate_e·h_e),    over the chosen e
+    Expert e is the block with its e-th adapters. Separate experts, as in `MLPExperts`, would apply
+    the frozen matrices U (up) and D (down) once per selected expert. Here each is applied once per
+    token, because U x is common to all experts and D is linear:
 
-    The frozen U and D (and Llama's gate, which is changed like U) are applied once to a token, however many experts it
-    goes to. A and B hold all experts' factors, and [e] is 1 at the ranks of expert e, 0 elsewhere: a little more work
-    than with A_e and B_e alone, but all tokens can do it at once.
+        h_e = gelu(U x + s·B_e A_e x)
+        y = Σ gate_e · (D + s·B'_e A'_e) h_e = D Σ gate_e·h_e + Σ s·B'_e A'_e (gate_e·h_e)
+
+    The factors of all experts are stacked, so that one matrix product serves all tokens; a mask keeps
+    the ranks of a token's expert. test_model.py proves it equal to separate experts:
+    test_the_mixture_equals_the_dense_one_in_output_and_all_gradients.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.block = Expert(config, BACKBONE)
-        self.E = config.n_experts
+        self.n_experts = config.n_experts
 
-    def hidden(self, gate: Tensor, e: Tensor, into: list[tuple[Tensor, ...]]) -> Tensor:
-        """gate_e·h_e of every token's e: (N, F). The backward pass makes it anew, because its parts are large."""
-        return gate[:, None] * self.block.activated(*(torch.addmm(Ux, e * z, B) for Ux, z, B in into))
+    def forward(self, x: Tensor, gates: Tensor, selected: Tensor) -> Tensor:
+        """x (N, C), gates and selected (N, k) -> (N, C)."""
+        inputs = []  # for each matrix that reads x: U x, A x of all experts, and their B
+        for projection in self.block.input_projections:
+            A, B = projection.stacked_factors(x.dtype)
+            inputs.append((projection.frozen(x), F.linear(x, A), B.t()))  # (N, n_hidden), (N, E·r), (E·r, n_hidden)
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        block, hidden, low = self.block, 0, 0
-        into = [(matrix.frozen(x), *matrix.factors(x)) for matrix in block.into]
-        into = [(Ux, F.linear(x, A), B.t()) for Ux, A, B in into]  # (N, F), (N, E·r), (E·r, F)
-        A, B = block.down.factors(x)  # (E·r, F), (C, E·r)
-        own = F.one_hot(routing.chosen, self.E).to(x.dtype).repeat_interleave(len(A) // self.E, 2)  # (N, k, E·r)
-        for gate, e in zip(routing.gates.unbind(1), own.unbind(1), strict=True):  # the k experts of each token
-            h = checkpoint(self.hidden, gate, e, into, use_reentrant=False, preserve_rng_state=False)  # (N, F)
-            hidden, low = hidden + h, low + e * F.linear(h, A)  # (N, F), (N, E·r)
-        return torch.addmm(block.down.frozen(hidden), low, B.t())
+        down_proj = self.block.down_proj
+        A, B = down_proj.stacked_factors(x.dtype)  # (E·r, n_hidden), (C, E·r)
+        rank = len(A) // self.n_experts
+        hidden = 0  # Σ gate_e·h_e
+        low = 0  # Σ s·A'_e (gate_e·h_e), at the ranks of expert e
+        for gate, expert in zip(gates.unbind(1), selected.unbind(1), strict=True):  # (N,) each, k times
+            mask = F.one_hot(expert, self.n_experts).to(x.dtype).repeat_interleave(rank, dim=1)  # (N, E·r)
+            h = checkpoint(self.gated_hidden, gate, mask, inputs, use_reentrant=False, preserve_rng_state=False)
+            hidden = hidden + h  # (N, n_hidden)
+            low = low + mask * F.linear(h, A)  # (N, E·r)
+        return torch.addmm(down_proj.frozen(hidden), low, B.t())
+
+    def gated_hidden(self, gate: Tensor, mask: Tensor, inputs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        """gate_e·h_e for one expert e of every token: (N, n_hidden). Computed again in the backward pass, to save memory."""
+        projected = [torch.addmm(Ux, mask * Ax, B) for Ux, Ax, B in inputs]
+        return gate[:, None] * self.block.activation(*projected)
 
 
-EXPERTS = {"mlp": MLPExperts, "lora": LoRAExperts}  # kinds of experts: a module (x, routing) -> y
+EXPERTS = {"mlp": MLPExperts, "lora": LoRAExperts}
 
 
 class MoE(nn.Module):
-    """The mixture in place of the feed-forward block: (B, T, C) -> (B, T, C), and how it routed.
-
-    weights (E,): gates that stand in for the router's, the same for every token.
-    """
+    """A router and its experts, in place of a feed-forward block: (B, T, C) -> (B, T, C) and the routing."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -336,16 +398,23 @@ class MoE(nn.Module):
         self.experts = EXPERTS[config.expert](config)
         self.n_experts = config.n_experts
 
-    def forward(self, x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, fixed_gates: Tensor | None = None) -> tuple[Tensor, Routing]:
         tokens = x.flatten(0, 1)  # (N, C)
-        if weights is None and self.router is None:
-            weights = torch.full((self.n_experts,), 1 / self.n_experts)
-        routing = self.router(tokens) if weights is None else to_all(weights.to(x.device).expand(len(tokens), -1))
-        return self.experts(tokens, routing._replace(gates=routing.gates.to(x.dtype))).view_as(x), routing
+        routing = self.route(tokens, fixed_gates)
+        y = self.experts(tokens, routing.gates.to(x.dtype), routing.selected)
+        return y.view_as(x), routing
+
+    def route(self, tokens: Tensor, fixed_gates: Tensor | None) -> Routing:
+        """fixed_gates (E,): weights for every token, instead of the router's."""
+        if fixed_gates is None and self.router is not None:
+            return self.router(tokens)
+        if fixed_gates is None:
+            fixed_gates = torch.full((self.n_experts,), 1 / self.n_experts)
+        return to_all(fixed_gates.to(tokens.device).expand(len(tokens), -1))
 
 
 class Block(nn.Module):
-    """A transformer layer, norms first."""
+    """A transformer layer, with a norm before each part."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -354,21 +423,25 @@ class Block(nn.Module):
         self.moe_norm = norm(config)
         self.moe = MoE(config)
 
-    def forward(self, x: Tensor, weights: Tensor | None = None, turn: Tensor | None = None,
-                past: Past | None = None) -> tuple[Tensor, Routing]:
-        x = x + self.attention(self.attention_norm(x), turn, past)
-        y, routing = self.moe(self.moe_norm(x), weights)
+    def forward(self, x: Tensor, rope: Tensor | None = None, fixed_gates: Tensor | None = None,
+                kv_cache=None) -> tuple[Tensor, Routing]:
+        x = x + self.attention(self.attention_norm(x), rope, kv_cache)
+        y, routing = self.moe(self.moe_norm(x), fixed_gates)
         return x + y, routing
 
 
 class GPT(nn.Module):
     """The language model of one user.
 
-    model(idx) -> (logits (B, T, V), None); model(idx, targets) -> (None, mean cross-entropy in nats).
-    idx and targets: (B, T) token numbers, T at most `block_size`. gates: weights (L, E) that stand in for the routers'.
+    model(idx) -> (logits (B, T, V), None)
+    model(idx, targets) -> (None, mean cross-entropy in nats)
 
-    pretrained: tensors by the names they have in a GPT without a mixture (`plain_name`). Frozen ones are taken as they
-    are, so that models on the same base hold them once; the others are copied. generator: draws what isn't pretrained.
+    idx and targets are (B, T) token numbers, with T at most `block_size`.
+
+    generator: draws the initial weights that aren't pretrained.
+    pretrained: tensors by the names that they have in a GPT without a mixture (`plain_name`). Frozen
+        parameters share their memory with these tensors, so that several models on one base hold it
+        once; trained parameters are copies.
     """
 
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None,
@@ -376,69 +449,80 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         with torch.device("meta"):  # shapes only; `initialize` brings the numbers
-            self.tokens = table(config.vocab_size, config)
-            self.positions = None if config.rotary_base else table(config.block_size, config)
+            self.token_embedding = embedding(config.vocab_size, config)
+            self.position_embedding = None
+            if config.rotary_base is None:
+                self.position_embedding = embedding(config.block_size, config)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
             self.norm = norm(config)
-            self.head = None if config.tied else table(config.vocab_size, config)
-        self.roles = self.find_roles()
+            self.lm_head = None if config.tied else embedding(config.vocab_size, config)
+        self.roles = self.find_roles()  # name -> role
+        self.borrowed = set()  # names of parameters that are the base's own tensors
         self.initialize(generator, pretrained or {})
 
     @classmethod
     def from_pretrained(cls, name_or_file: str | Path, generator: torch.Generator | None = None, **overrides) -> "GPT":
-        """A model that starts as a pretrained one: smollm2, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a file.
+        """A model that starts as smollm2, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a file.
 
-        overrides: fields of GPTConfig, such as expert="lora". The first logits are the base's, whatever the experts.
-        Raises ValueError, one line, where there is no such model.
+        overrides: fields of GPTConfig, such as expert="lora". The first logits are the base's.
+        Raises ValueError, one line.
         """
-        from support.pretrained import gpt2 as pretrained
-        start = pretrained.load(name_or_file, **overrides)
+        from support.pretrained import gpt2
+        start = gpt2.load(name_or_file, **overrides)
         return cls(GPTConfig(**start.config | overrides), generator, start.tensors)
+
+    @property
+    def device(self) -> torch.device:
+        return self.token_embedding.weight.device
+
+    # --- parameters and roles ---
 
     @staticmethod
     def plain_name(name: str) -> str:
-        """A parameter's name in a GPT without a mixture, whose one feed-forward block all experts start from.
+        """A parameter's name in a GPT without a mixture. All experts start as its feed-forward block.
 
-        plain_name("blocks.3.moe.experts.0.up.bias") -> "blocks.3.moe.up.bias"
+        plain_name("blocks.3.moe.experts.0.up_proj.bias") -> "blocks.3.moe.up_proj.bias"
         """
         return re.sub(r"\.experts\.\w+", "", name)
 
     def initialize(self, generator: torch.Generator | None, pretrained: dict[str, Tensor]) -> None:
-        """Every parameter's first numbers: the pretrained ones, else `fresh` ones."""
-        numbers, dtype = {}, getattr(torch, self.config.dtype)
-        self.borrowed = set()  # names of the base's own tensors
+        """Set every parameter: to the pretrained tensor if there is one, otherwise to `initial_value`."""
+        values = {}
         for name, parameter in self.named_parameters():
-            frozen, source = self.roles[name] == BACKBONE, self.plain_name(name)
-            if source not in pretrained:
-                numbers[name] = self.fresh(name, parameter.shape, generator).to(dtype if frozen else torch.float32)
+            frozen = self.roles[name] == BACKBONE
+            dtype = getattr(torch, self.config.dtype) if frozen else torch.float32
+            source = pretrained.get(self.plain_name(name))
+            if source is None:
+                values[name] = self.initial_value(name, parameter.shape, generator).to(dtype)
             elif frozen:
-                numbers[name] = pretrained[source].to(dtype)
+                values[name] = source.to(dtype)
                 self.borrowed.add(name)
             else:
-                numbers[name] = pretrained[source].detach().to(torch.float32, copy=True)
+                values[name] = source.detach().to(dtype, copy=True)
             parameter.requires_grad_(not frozen)
-        self.load_state_dict(numbers, assign=True)
+        self.load_state_dict(values, assign=True)
 
-    def fresh(self, name: str, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
-        """GPT-2's start: weights N(0, 0.02), those that write into the residual stream divided by √(2L), biases 0,
-        norms 1. Of low-rank changes, A is uniform within ±1/√n_in, and B is 0."""
+    def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
+        """GPT-2's: weights N(0, 0.02²), biases 0, norms 1. LoRA's: A uniform within ±1/√n_in, B zero."""
         if len(shape) == 1:
-            return torch.full(shape, float(name.endswith("weight")))
-        if name.endswith(".B"):
+            return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
+        if name.endswith("lora_B"):
             return torch.zeros(shape)
-        if name.endswith(".A"):
+        if name.endswith("lora_A"):
             return torch.empty(shape).uniform_(-1, 1, generator=generator) / shape[1] ** 0.5
-        writes = name.endswith(("out.weight", "down.weight"))
-        return torch.empty(shape).normal_(0, 0.02 / (2 * self.config.n_layer) ** 0.5 if writes else 0.02,
-                                          generator=generator)
+        std = 0.02
+        if name.endswith(("out_proj.weight", "down_proj.weight")):
+            std = 0.02 / (2 * self.config.n_layer) ** 0.5  # they write into the residual stream
+        return torch.empty(shape).normal_(0, std, generator=generator)
 
     def find_roles(self) -> dict[str, str]:
-        """Every parameter's name -> its one role: that of the innermost part around it, and there must be one."""
-        roles, changes = {}, self.config.roles
-        for prefix, module in self.named_modules():  # outer parts come before inner ones
+        """Map every parameter's name to its one role: that of the innermost module around it."""
+        changes = self.config.roles
+        roles = {}
+        for prefix, module in self.named_modules():  # outer modules come before inner ones
             if hasattr(module, "role"):
                 for name, _ in module.named_parameters(prefix):
-                    factor = name.rpartition(".")[2]  # "A", "B" or another parameter's own name
+                    factor = name.rpartition(".")[2]  # "lora_A", "lora_B" or another last part
                     roles[name] = changes.get(factor, changes.get(module.role, module.role))
         assert roles.keys() == dict(self.named_parameters()).keys()
         assert set(roles.values()) <= set(ROLES)
@@ -448,40 +532,55 @@ class GPT(nn.Module):
         """The parameters that have one of these roles, by name."""
         return {name: p for name, p in self.named_parameters() if self.roles[name] in roles}
 
-    def own(self) -> dict[str, nn.Parameter]:
-        """The parameters that aren't a base's own, by name."""
+    def parameters_to_save(self) -> dict[str, nn.Parameter]:
+        """The parameters that the base doesn't hold, by name."""
         return {name: p for name, p in self.named_parameters() if name not in self.borrowed}
 
-    def trunk(self, idx: Tensor, gates: Tensor | None = None,
-              pasts: list[Past] | None = None) -> tuple[Tensor, list[Routing]]:
-        """All but the head: (B, T) -> hidden states (B, T, C), and each layer's routing of the N tokens.
+    # --- from tokens to logits and loss ---
 
-        pasts: of each layer; the tokens of idx follow what is in them.
+    def trunk(self, idx: Tensor, fixed_gates: Tensor | None = None, kv_cache=None) -> tuple[Tensor, list[Routing]]:
+        """Everything below the head: (B, T) -> hidden states (B, T, C) and each layer's routing.
+
+        fixed_gates (L, E): weights for every token, instead of the routers'.
+        kv_cache: a support.sampling.KVCache; the tokens of idx follow those in it, and are added to it.
         """
-        before = pasts[0][0].shape[2] if pasts and pasts[0] else 0
-        end = before + idx.shape[1]
-        assert self.config.block_size >= end, f"{end} tokens are more than block_size {self.config.block_size}"
-        x, turn = self.tokens(idx), None  # (B, T, C)
-        if self.positions:
-            x = x + self.positions.weight[before:end]
+        start = 0 if kv_cache is None else kv_cache.length
+        end = start + idx.shape[1]
+        assert end <= self.config.block_size, f"{end} tokens are more than block_size {self.config.block_size}"
+
+        x = self.token_embedding(idx)  # (B, T, C)
+        rope = None
+        if self.position_embedding is not None:
+            x = x + self.position_embedding.weight[start:end]
         else:
-            turn = turns(self.config, torch.arange(before, end, device=idx.device))
-        routings, none = [], [None] * len(self.blocks)
-        for block, weights, past in zip(self.blocks, none if gates is None else gates, pasts or none, strict=True):
-            x, routing = block(x, weights, turn, past)
+            rope = rope_cache(self.config, torch.arange(start, end, device=idx.device))
+
+        routings = []
+        for i, block in enumerate(self.blocks):
+            layer_gates = None if fixed_gates is None else fixed_gates[i]
+            layer_cache = None if kv_cache is None else kv_cache.layers[i]
+            x, routing = block(x, rope, layer_gates, layer_cache)
             routings.append(routing)
         return self.norm(x), routings
 
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C)."""
+        return self.token_embedding.weight if self.lm_head is None else self.lm_head.weight
+
     def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, (self.head or self.tokens).weight)  # (..., C) -> (..., V)
+        return F.linear(hidden, self.head_weight)  # (..., C) -> (..., V)
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of targets (B, T), given hidden states (B, T, C)."""
-        return kernels.head_loss(hidden.flatten(0, 1), (self.head or self.tokens).weight, targets.flatten())
+        """Mean cross-entropy in nats: hidden states (B, T, C), targets (B, T) -> scalar."""
+        if self.config.use_kernels:  # the same loss, without holding all logits at once
+            return kernels.linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
+        logits = at_least_float32(self.logits(hidden))  # (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def forward(self, idx: Tensor, targets: Tensor | None = None,
-                gates: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-        hidden, _ = self.trunk(idx, gates)
+                fixed_gates: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        hidden, _ = self.trunk(idx, fixed_gates)
         if targets is None:
             return self.logits(hidden), None
         return None, self.loss(hidden, targets)

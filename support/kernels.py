@@ -1,60 +1,77 @@
-"""Two pieces of model.py in forms that save time and memory. A reader of the paper can skip them.
+"""Two pieces of model.py in faster forms. A reader of the paper can skip this file.
 
     python -m pytest tests/test_kernels.py
 
-`attention` is attention's softmax, with a form of its own for bfloat16 on a CPU. `head_loss` is the cross-entropy of
-the head's logits, which never holds the logits of all positions at once; it has no second derivatives.
+Each has a plain twin in model.py, which GPTConfig(use_kernels=False) uses: `attention` is
+model.causal_attention for bfloat16 on a CPU, and `linear_cross_entropy` is the last two lines of
+model.GPT.loss.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LOGITS = 2 ** 23  # that head_loss holds at a time, at most
+CHUNK = 2**23  # logits that linear_cross_entropy holds at a time
+
+
+def has_attention_for(q: Tensor) -> bool:
+    """Whether `attention` is faster than PyTorch's: four times on a CPU in bfloat16."""
+    return q.dtype == torch.bfloat16 and not q.is_cuda
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √D) v, in which the last of T queries sees all S keys, and each before it one less.
+    """softmax(q kᵀ / √D) v, in which the last of T queries sees all S keys, and each one before it one less.
 
-    q (B, H, T, D), k and v (B, K, S, D), each for H / K of the queries' heads -> (B, H, T, D). PyTorch's own form takes
-    four times as long for bfloat16 on a CPU.
+    q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
     """
-    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    if q.is_cuda or q.dtype != torch.bfloat16:
-        mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, enable_gqa=H > K)
-    bias = torch.full((T, S), -torch.inf, dtype=q.dtype).triu(S - T + 1)  # 0 where a key is seen
-    q, k, v = q.reshape(B * K, -1, D), k.reshape(B * K, S, D), v.reshape(B * K, S, D)  # heads that share keys in a row
-    scores = torch.baddbmm(bias.repeat(H // K, 1), q, k.transpose(1, 2), alpha=D ** -0.5)  # (B·K, H/K·T, S)
+    B, H, T, D = q.shape
+    K, S = k.shape[1:3]
+    q = q.reshape(B * K, H // K * T, D)  # the heads that share keys, one after the other
+    k = k.reshape(B * K, S, D)
+    v = v.reshape(B * K, S, D)
+    hidden_keys = torch.full((T, S), -torch.inf, dtype=q.dtype).triu(S - T + 1)  # 0 where a key is seen
+    bias = hidden_keys.repeat(H // K, 1)  # (H/K·T, S)
+    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=D**-0.5)  # (B·K, H/K·T, S)
     return torch.bmm(scores.softmax(-1), v).view(B, H, T, D)
 
 
-def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The mean cross-entropy in nats of a head's logits: hidden (N, C), weight (V, C), targets (N,) -> ()."""
-    return HeadLoss.apply(hidden, weight, targets, torch.is_grad_enabled())
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of the logits `hidden @ weight.T`, of which it holds a chunk at a time.
+
+    hidden (N, C), weight (V, C), targets (N,) -> scalar. It has no second derivatives.
+    """
+    return LinearCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
 
 
-class HeadLoss(torch.autograd.Function):
-    """As head_loss. Where `learning`, the gradients are made along with the loss, while a chunk's logits are there:
-    ∂loss/∂logits = (softmax(logits) − onehot(target)) / N. A frozen head gets none."""
+class LinearCrossEntropy(torch.autograd.Function):
+    """The forward pass also computes the gradients, while it holds a chunk's logits:
+    ∂loss/∂logits = (softmax(logits) − onehot(target)) / N."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, learning: bool) -> Tensor:
-        learns, head_learns = (learning and needed for needed in ctx.needs_input_grad[:2])
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, grad_enabled: bool) -> Tensor:
+        hidden_learns = grad_enabled and ctx.needs_input_grad[0]
+        weight_learns = grad_enabled and ctx.needs_input_grad[1]
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        loss, d_hidden = hidden.new_zeros((), dtype=wide), torch.zeros_like(hidden)
-        d_weight = torch.zeros_like(weight) if head_learns else None
-        rows = max(1, LOGITS // len(weight))
-        for h, dh, target in zip(hidden.split(rows), d_hidden.split(rows), targets[:, None].split(rows), strict=True):
-            logits = F.linear(h, weight).to(wide)  # (n, V), from here on in place
+        loss = hidden.new_zeros((), dtype=wide)
+        d_hidden = torch.zeros_like(hidden)
+        d_weight = torch.zeros_like(weight) if weight_learns else None
+
+        rows = max(1, CHUNK // len(weight))
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
+            h = hidden[chunk]  # (n, C)
+            target = targets[chunk, None]  # (n, 1)
+            logits = F.linear(h, weight).to(wide)  # (n, V), changed in place below
             logits -= logits.amax(1, keepdim=True)
             loss -= logits.gather(1, target).sum()
-            Z = logits.exp_().sum(1, keepdim=True)  # (n, 1); softmax = exp(logits) / Z
+            exp = logits.exp_()
+            Z = exp.sum(1, keepdim=True)  # (n, 1); softmax(logits) = exp / Z
             loss += Z.log().sum()
-            if learns:
-                dh += (logits.to(h.dtype) @ weight) / Z - weight[target[:, 0]]
-            if head_learns:
-                d_weight.addmm_(logits.to(h.dtype).t(), (h / Z).to(h.dtype)).index_add_(0, target[:, 0], -h)
+            if hidden_learns:
+                d_hidden[chunk] = (exp.to(h.dtype) @ weight) / Z - weight[target[:, 0]]
+            if weight_learns:
+                d_weight.addmm_(exp.to(h.dtype).t(), (h / Z).to(h.dtype))
+                d_weight.index_add_(0, target[:, 0], -h)
         ctx.save_for_backward(d_hidden, d_weight)
         return loss / len(hidden)
 
@@ -62,4 +79,6 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         d_hidden, d_weight = ctx.saved_tensors
         scale = gradient / len(d_hidden)  # the mean's 1/N
-        return scale * d_hidden, None if d_weight is None else scale * d_weight, None, None
+        if d_weight is not None:
+            d_weight = scale * d_weight
+        return scale * d_hidden, d_weight, None, None

@@ -1,8 +1,11 @@
-"""Text from a model, token by token.
+"""Text from a model, token by token, with a cache of keys and values.
 
-    python -c "import torch, data; from model import GPT; from support.sampling import generate; \\
-               words = data.tokenizer('smollm2'); text = torch.tensor([words.encode('The sea is')]); \\
-               print(words.decode(generate(GPT.from_pretrained('smollm2'), text, 20)[0].tolist()))"
+    import torch, data
+    from model import GPT
+    from support.sampling import generate
+    tokenizer = data.tokenizer("smollm2")
+    prompt = torch.tensor([tokenizer.encode("The sea is")])
+    print(tokenizer.decode(generate(GPT.from_pretrained("smollm2"), prompt, 20)[0].tolist()))
 """
 
 from collections.abc import Iterator
@@ -13,37 +16,77 @@ from torch import Tensor
 from model import GPT
 
 
-def generate(model: GPT, idx: Tensor, n: int, **how) -> Tensor:
-    """idx and n sampled tokens after it, as `stream` makes them: (B, T) -> (B, T + n)."""
-    return torch.cat([idx, *stream(model, idx, n, **how)], 1)
+class LayerCache:
+    """The keys and values of the tokens that one layer has read: (B, K, S, D) each."""
+
+    def __init__(self):
+        self.keys = None
+        self.values = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of new tokens. Returns all keys and values so far."""
+        if self.keys is not None:
+            keys = torch.cat((self.keys, keys), dim=2)
+            values = torch.cat((self.values, values), dim=2)
+        self.keys = keys
+        self.values = values
+        return keys, values
+
+
+class KVCache:
+    """The keys and values of a text, so that a new token is computed without reading the text again."""
+
+    def __init__(self, n_layer: int):
+        self.layers = [LayerCache() for _ in range(n_layer)]
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        keys = self.layers[0].keys
+        return 0 if keys is None else keys.shape[2]
+
+
+def generate(model: GPT, idx: Tensor, n: int, **options) -> Tensor:
+    """Add n sampled tokens to idx: (B, T) -> (B, T + n). options: as in `stream`."""
+    return torch.cat([idx, *stream(model, idx, n, **options)], dim=1)
 
 
 @torch.no_grad()
 def stream(model: GPT, idx: Tensor, n: int, temperature: float = 1.0, top_k: int | None = None,
            generator: torch.Generator | None = None, cache: bool = True, vocabulary: int | None = None,
-           gates: Tensor | None = None) -> Iterator[Tensor]:
-    """Sample n tokens after idx (B, T), (B, 1) each. Temperature 0 takes the likeliest token. vocabulary: how many
-    tokens there are, where a tokenizer has fewer than the model. gates: as in GPT.
+           fixed_gates: Tensor | None = None) -> Iterator[Tensor]:
+    """Sample n tokens that follow idx (B, T), and yield each, (B, 1).
 
-    What a token sees begins where the text begins, until that is more than block_size away; then the beginning
-    moves on by half of that. In between, keys and values are kept (or, without the cache, computed anew).
+    temperature: 0 picks the likeliest token. top_k: sample from this many of the likeliest tokens.
+    vocabulary: the tokenizer's number of tokens, if the model has more. fixed_gates: as in GPT.
+
+    The model sees the whole text until that is longer than block_size. Then the beginning of what it
+    sees moves forward by half a block, and keys and values are computed again from there.
     """
     block_size = model.config.block_size
-    half, start, pasts = (block_size + 1) // 2, 0, [[] for _ in model.blocks]
-    unread = idx  # (B, t)
+    half = (block_size + 1) // 2
+    start = 0  # where the text that the model sees begins
+    kv_cache = KVCache(model.config.n_layer)
+    unread = idx  # (B, t), tokens that aren't in the cache
     for _ in range(n):
         if idx.shape[1] - start > block_size or not cache:
-            start = max(0, -(-(idx.shape[1] - block_size) // half) * half)
-            unread, pasts = idx[:, start:], [[] for _ in model.blocks]
-        hidden, _ = model.trunk(unread, gates, pasts)
+            while idx.shape[1] - start > block_size:
+                start += half
+            kv_cache = KVCache(model.config.n_layer)
+            unread = idx[:, start:]
+        hidden, _ = model.trunk(unread, fixed_gates, kv_cache)
         logits = model.logits(hidden[:, -1])[:, :vocabulary].float()  # (B, V)
-        logits -= logits.amax(1, keepdim=True)
-        if top_k is not None:
-            kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
-            logits = logits.masked_fill(logits < kth, -torch.inf)
-        if temperature == 0:
-            unread = logits.argmax(-1, keepdim=True)  # (B, 1)
-        else:
-            unread = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)  # (B, 1)
-        idx = torch.cat((idx, unread), 1)
+        unread = sample(logits, temperature, top_k, generator)
+        idx = torch.cat((idx, unread), dim=1)
         yield unread
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """One token for each row of logits: (B, V) -> (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits - logits.amax(1, keepdim=True)
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
