@@ -1,8 +1,8 @@
-"""The tour, step by step, with the numbers of this machine: what docs/tour.md says, and what its code prints now.
+"""Run the tour: its text, its code, and what the code prints on this machine.
 
     python -m lab.play
 
-Exit status 1 if an output isn't the page's. The page is the only source of the steps.
+The steps are those of docs/tour.md. Exit status 1 if an output differs from the page's.
 """
 
 import doctest
@@ -12,34 +12,46 @@ from pathlib import Path
 TOUR = Path(__file__).parent.parent / "docs" / "tour.md"
 
 
+def indented(text: str) -> str:
+    return "".join(f"    {line}\n" for line in text.splitlines())
+
+
 class Player(doctest.DocTestRunner):
-    """Shows every example as it runs, and what it printed, whatever that is."""
+    """Shows every example and its output."""
 
     def report_start(self, out, test, example):
-        first, *more = example.source.splitlines()
-        out("".join(f"    {line}\n" for line in [f">>> {first}", *(f"... {line}" for line in more)]))
+        first, *rest = example.source.splitlines()
+        out(indented(f">>> {first}"))
+        for line in rest:
+            out(indented(f"... {line}"))
 
     def report_success(self, out, test, example, got):
-        out("".join(f"    {line}\n" for line in got.splitlines()))
+        out(indented(got))
 
     def report_failure(self, out, test, example, got):
-        self.report_success(out, test, example, got)
-        out(f"!!! line {example.lineno + 1} of the tour says:\n")
-        self.report_success(out, test, example, example.want)
+        out(indented(got))
+        out(f"!!! line {example.lineno + 1} of the tour shows:\n")
+        out(indented(example.want))
 
 
-def play(tour: str) -> int:
-    """Run a page's examples in order, and show all of it. Returns how many outputs differ."""
-    player, names = Player(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE), {}
-    for part in doctest.DocTestParser().parse(tour):
+def play(page: str) -> int:
+    """Run a page's examples in order, and show the whole page. Returns how many outputs differ."""
+    player = Player(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    names = {}  # what the examples define
+    for part in doctest.DocTestParser().parse(page):
         if isinstance(part, str):
             print(part, end="")
-        else:
-            test = doctest.DocTest([part], names, "tour", str(TOUR), part.lineno, None)
-            player.run(test, clear_globs=False)
-            names = test.globs
+            continue
+        test = doctest.DocTest([part], names, "tour", str(TOUR), part.lineno, None)
+        player.run(test, clear_globs=False)
+        names = test.globs  # DocTest copies the names that it gets
     return player.failures
 
 
+def main() -> int:
+    different = play(TOUR.read_text(encoding="utf-8"))
+    return 1 if different else 0
+
+
 if __name__ == "__main__":
-    sys.exit(play(TOUR.read_text(encoding="utf-8")) > 0)
+    sys.exit(main())
