@@ -363,10 +363,12 @@ class LoRAExperts(nn.Module):
 
     def forward(self, x: Tensor, gates: Tensor, selected: Tensor) -> Tensor:
         """x (N, C), gates and selected (N, k) -> (N, C)."""
-        inputs = []  # for each matrix that reads x: U x, A x of all experts, and their B
-        for projection in self.block.input_projections:
-            A, B = projection.stacked_factors(x.dtype)
-            inputs.append((projection.frozen(x), F.linear(x, A), B.t()))  # (N, n_hidden), (N, E·r), (E·r, n_hidden)
+        projections = self.block.input_projections
+        frozen = [projection.frozen(x) for projection in projections]  # U x, (N, n_hidden) each
+        factors = [projection.stacked_factors(x.dtype) for projection in projections]
+        inputs = []
+        for Ux, (A, B) in zip(frozen, factors, strict=True):
+            inputs.append((Ux, F.linear(x, A), B.t()))  # (N, n_hidden), (N, E·r), (E·r, n_hidden)
 
         down_proj = self.block.down_proj
         A, B = down_proj.stacked_factors(x.dtype)  # (E·r, n_hidden), (C, E·r)
