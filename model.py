@@ -380,7 +380,10 @@ class LoRAExperts(nn.Module):
             h = checkpoint(self.gated_hidden, gate, mask, inputs, use_reentrant=False, preserve_rng_state=False)
             hidden = hidden + h  # (N, n_hidden)
             low = low + mask * F.linear(h, A)  # (N, E·r)
-        return torch.addmm(down_proj.frozen(hidden), low, B.t())
+        y = F.linear(hidden, down_proj.weight)  # (N, C)
+        if down_proj.bias is not None:
+            y = y + gates.sum(1, keepdim=True) * down_proj.bias  # the gates may not sum to 1
+        return torch.addmm(y, low, B.t())
 
     def gated_hidden(self, gate: Tensor, mask: Tensor, inputs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         """gate_e·h_e for one expert e of every token: (N, n_hidden). Computed again in the backward pass, to save memory."""
