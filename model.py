@@ -363,10 +363,12 @@ class LoRAExperts(nn.Module):
 
     def forward(self, x: Tensor, gates: Tensor, selected: Tensor) -> Tensor:
         """x (N, C), gates and selected (N, k) -> (N, C)."""
-        inputs = []  # for each matrix that reads x: U x, A x of all experts, and their B
-        for projection in self.block.input_projections:
-            A, B = projection.stacked_factors(x.dtype)
-            inputs.append((projection.frozen(x), F.linear(x, A), B.t()))  # (N, n_hidden), (N, E·r), (E·r, n_hidden)
+        projections = self.block.input_projections
+        frozen = [projection.frozen(x) for projection in projections]  # U x, (N, n_hidden) each
+        factors = [projection.stacked_factors(x.dtype) for projection in projections]
+        inputs = []
+        for Ux, (A, B) in zip(frozen, factors, strict=True):
+            inputs.append((Ux, F.linear(x, A), B.t()))  # (N, n_hidden), (N, E·r), (E·r, n_hidden)
 
         down_proj = self.block.down_proj
         A, B = down_proj.stacked_factors(x.dtype)  # (E·r, n_hidden), (C, E·r)
@@ -378,7 +380,10 @@ class LoRAExperts(nn.Module):
             h = checkpoint(self.gated_hidden, gate, mask, inputs, use_reentrant=False, preserve_rng_state=False)
             hidden = hidden + h  # (N, n_hidden)
             low = low + mask * F.linear(h, A)  # (N, E·r)
-        return torch.addmm(down_proj.frozen(hidden), low, B.t())
+        y = F.linear(hidden, down_proj.weight)  # (N, C)
+        if down_proj.bias is not None:
+            y = y + gates.sum(1, keepdim=True) * down_proj.bias  # the gates may not sum to 1
+        return torch.addmm(y, low, B.t())
 
     def gated_hidden(self, gate: Tensor, mask: Tensor, inputs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         """gate_e·h_e for one expert e of every token: (N, n_hidden). Computed again in the backward pass, to save memory."""
