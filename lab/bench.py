@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from bilevel import Level, Rhythm
 from federated import Server, User, federated_round
 from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig, LoRAExperts, MLPExperts, MoE
-from support.pretrained import gpt2 as pretrained
-from support.pretrained import llama
+from support.pretrained import base as pretrained
+from support.pretrained.gguf_file import GGUFFile
 from support.runs.settings import SCRATCH, Settings, status_of
 from support.sampling import stream
 
@@ -146,7 +146,7 @@ def peft_of(dtype: str) -> nn.Module:
     """What one would take instead: SmolLM2 with a single low-rank change of every matrix."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, GgufConfig
-    path = llama.File("smollm2", "init_from").path
+    path = GGUFFile("smollm2", "init_from").path
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=getattr(torch, dtype),
                                                  quantization_config=GgufConfig(dequantize=True))
     return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear")).train()

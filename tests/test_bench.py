@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lab import bench
 from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig
-from support.pretrained.gpt2 import Base
+from support.pretrained.base import Base
 from tiny import seeded, tiny
 
 GPT2 = dict(vocab_size=257, n_layer=2, n_head=4, n_embd=64, feed_forward="gelu-tanh")
