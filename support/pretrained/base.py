@@ -48,35 +48,27 @@ def load(name_or_file: str | Path, block_size: int | None = None, n_head: int | 
     """
     name = str(name_or_file)
     file = LlamaFile(name) if is_gguf(name) else GPT2File(name)
-    config = dict(file.config)
-    if config["n_head"] is None:
-        config["n_head"] = n_head or default_heads(name, config["n_embd"])
-    elif n_head is not None:
-        fields["n_head"] = n_head
-    if config["n_embd"] % config["n_head"] != 0:
-        raise BadInput(f"`init_from` {name}: {config['n_embd']} channels can't be split into "
-                       f"{config['n_head']} heads; pass another `n_head`")
-    if block_size is not None and block_size > config["block_size"]:
-        raise BadInput(f"`init_from` {name}: has {config['block_size']} positions, not {block_size}; "
-                       "pass a smaller `block_size`")
-    for field, value in fields.items():
+    config = file.config
+    C = config["n_embd"]
+    H = config["n_head"] or n_head or C // 64
+    if H == 0 or C % H != 0:
+        raise BadInput(f"`init_from` {name}: {C} channels can't be split into {H} heads; pass another `n_head`")
+    config["n_head"] = H
+    for field, value in {"n_head": n_head or H, **fields}.items():
         if field in config and value != config[field]:
             raise BadInput(f"`init_from` {name}: has {field} {config[field]}, not {value}; leave `{field}` out")
+    T = config["block_size"]
+    if block_size is None:
+        block_size = T
+    if block_size > T:
+        raise BadInput(f"`init_from` {name}: has {T} positions, not {block_size}; pass a smaller `block_size`")
 
+    config["block_size"] = block_size
     tensors = read_parameters(file, getattr(torch, dtype))
-    if block_size is not None:
-        config["block_size"] = block_size
-        if "position_embedding.weight" in tensors:
-            positions = tensors["position_embedding.weight"][:block_size]
-            tensors["position_embedding.weight"] = nn.Parameter(positions, requires_grad=False)
+    if "position_embedding.weight" in tensors:
+        positions = tensors["position_embedding.weight"][:block_size]
+        tensors["position_embedding.weight"] = nn.Parameter(positions, requires_grad=False)
     return Base(name, sha256_of(file.path), tensors, config, file.tokenizer, file.encoding)
-
-
-def default_heads(name: str, n_embd: int) -> int:
-    if n_embd == 0 or n_embd % 64 != 0:
-        raise BadInput(f"`init_from` {name}: doesn't say how many heads its {n_embd} channels have; "
-                       "pass `n_head`")
-    return n_embd // 64
 
 
 def read_parameters(file: GPT2File | LlamaFile, dtype: torch.dtype) -> dict[str, nn.Parameter]:

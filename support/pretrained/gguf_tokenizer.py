@@ -21,7 +21,6 @@ PATTERNS = {
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}UNSPELLABLE]?\p{L}+|\p{N}{1,3}"
                  r"| ?[^\s\p{L}\p{N}UNSPELLABLE]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-WHITE_SPACE = b"\t\n\v\f\r"
 NEVER_IN_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))
 
 
@@ -31,52 +30,32 @@ def load_tokenizer(name: str, flag: str) -> tiktoken.Encoding:
 
 
 def build_tokenizer(file: GGUFFile) -> tiktoken.Encoding:
-    """A file's tokenizer. It has a token END: its own, or else the one that begins a text. Raises BadInput."""
+    """A file's tokenizer. It has a token END: its own, or else the one that begins a text. Raises BadInput.
+
+    A token's number is taken as its rank among the merges, which holds for these two pre-tokenizers.
+    """
     pre_tokenizer = file.fields.get("tokenizer.ggml.pre")
     if str(pre_tokenizer) not in PATTERNS:
         raise file.bad(f"its pre-tokenizer is {pre_tokenizer!r}, not one of {', '.join(PATTERNS)}")
-    try:
-        special = special_tokens(file)
-        ranks = mergeable_ranks(file)
-        pattern = PATTERNS[pre_tokenizer].replace("UNSPELLABLE", unspellable(ranks))
-        if len(ranks) + len(special) != len(file.fields["tokenizer.ggml.tokens"]):
-            raise ValueError("two tokens are alike")
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # nothing of a file is trusted
-        raise file.bad("its vocabulary isn't one of byte pairs in the order of their merges") from None
-    return tiktoken.Encoding(file.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-
-
-def special_tokens(file: GGUFFile) -> dict[str, int]:
-    """Special token -> its number."""
-    tokens = file.fields["tokenizer.ggml.tokens"]
-    types = file.fields["tokenizer.ggml.token_type"]
-    special = {}
-    for number, token in enumerate(tokens):
-        if types[number] != NORMAL:
-            special[token] = number
-    if END not in special:
-        begin = file.fields["tokenizer.ggml.bos_token_id"]
-        special[END] = special.pop(tokens[begin])
-    return special
-
-
-def mergeable_ranks(file: GGUFFile) -> dict[bytes, int]:
-    """Token, as bytes -> its number, which is also its rank among the merges."""
     byte_of = byte_of_character()
-    types = file.fields["tokenizer.ggml.token_type"]
+    special = {}
     ranks = {}
-    for number, token in enumerate(file.fields["tokenizer.ggml.tokens"]):
-        if types[number] == NORMAL:
-            ranks[bytes(byte_of[character] for character in token)] = number
-
-    previous = -1
-    for merge in file.fields["tokenizer.ggml.merges"]:  # such as "Ġt he"
-        token = merge.replace(" ", "")
-        rank = ranks[bytes(byte_of[character] for character in token)]
-        if rank < previous:
-            raise ValueError("the ranks aren't in the order of the merges")
-        previous = rank
-    return ranks
+    try:
+        tokens = file.fields["tokenizer.ggml.tokens"]
+        types = file.fields["tokenizer.ggml.token_type"]
+        for number, token in enumerate(tokens):
+            if types[number] == NORMAL:
+                ranks[bytes(byte_of[character] for character in token)] = number
+            else:
+                special[token] = number
+        if END not in special:
+            begin = file.fields["tokenizer.ggml.bos_token_id"]
+            special[END] = special.pop(tokens[begin])
+        pattern = PATTERNS[pre_tokenizer].replace("UNSPELLABLE", unspellable(ranks))
+        return tiktoken.Encoding(file.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special,
+                                 explicit_n_vocab=len(tokens))
+    except (AssertionError, IndexError, KeyError, TypeError, ValueError):  # a file can hold anything
+        raise file.bad("its vocabulary isn't one of byte pairs") from None
 
 
 def byte_of_character() -> dict[str, int]:
@@ -104,8 +83,7 @@ def unspellable(ranks: dict[bytes, int]) -> str:
     for byte in range(256):
         if bytes([byte]) in ranks or byte in NEVER_IN_UTF8:
             continue
-        is_control = byte < 0x20 or byte == 0x7F
-        if is_control and byte not in WHITE_SPACE:
+        if byte < 0x20 or byte == 0x7F:
             ranges.append(rf"\x{{{byte:x}}}")
         elif 0xF1 <= byte <= 0xF3:  # it begins the UTF-8 of 2^18 characters
             first = (byte - 0xF0) << 18

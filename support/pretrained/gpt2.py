@@ -1,7 +1,7 @@
 """GPT-2's weights: OpenAI's by name, or a file of tensors under Hugging Face's GPT-2 names.
 
-The file is what torch.save made of the tensors (.bin, .pt; `pack` adds three things that a file of
-ours knows), or a .safetensors file.
+The file is what torch.save made of the tensors (.bin, .pt) or a .safetensors file. `pack` makes the
+content of a .pt, which also says how many heads there are and which tokenizer it needs.
 """
 
 from http.client import HTTPException
@@ -24,38 +24,38 @@ def sources_of(V: int, T: int, L: int, C: int) -> dict[str, dict[str, tuple[int,
 
     V tokens, T positions, L layers, C channels.
     """
+    layer = {
+        "attention_norm": ("ln_1", (C,)),
+        "attention.qkv_proj": ("attn.c_attn", (3 * C, C)),
+        "attention.out_proj": ("attn.c_proj", (C, C)),
+        "moe_norm": ("ln_2", (C,)),
+        "moe.up_proj": ("mlp.c_fc", (4 * C, C)),
+        "moe.down_proj": ("mlp.c_proj", (C, 4 * C)),
+    }
+    modules = {"norm": ("ln_f", (C,))}
+    for i in range(L):
+        for ours, (theirs, shape) in layer.items():
+            modules[f"blocks.{i}.{ours}"] = (f"h.{i}.{theirs}", shape)
+
     sources = {
         "token_embedding.weight": {"wte.weight": (V, C)},
         "position_embedding.weight": {"wpe.weight": (T, C)},
     }
-
-    def add(ours: str, theirs: str, *shape: int) -> None:
+    for ours, (theirs, shape) in modules.items():
         sources[f"{ours}.weight"] = {f"{theirs}.weight": shape}
         sources[f"{ours}.bias"] = {f"{theirs}.bias": shape[:1]}
-
-    add("norm", "ln_f", C)
-    for i in range(L):
-        add(f"blocks.{i}.attention_norm", f"h.{i}.ln_1", C)
-        add(f"blocks.{i}.attention.qkv_proj", f"h.{i}.attn.c_attn", 3 * C, C)
-        add(f"blocks.{i}.attention.out_proj", f"h.{i}.attn.c_proj", C, C)
-        add(f"blocks.{i}.moe_norm", f"h.{i}.ln_2", C)
-        add(f"blocks.{i}.moe.up_proj", f"h.{i}.mlp.c_fc", 4 * C, C)
-        add(f"blocks.{i}.moe.down_proj", f"h.{i}.mlp.c_proj", C, 4 * C)
     return sources
 
 
 def transposed(name: str, tensor: Tensor) -> Tensor:
-    """A tensor in nn.Linear's orientation <-> in a file's, where matrices of layers are (n_in, n_out)."""
+    """A file's tensor in nn.Linear's orientation, and back. A layer's matrices in a file are (n_in, n_out)."""
     if name.startswith("h.") and tensor.ndim == 2:
         return tensor.t().contiguous()
     return tensor
 
 
 def pack(model: nn.Module, tokenizer: str) -> dict:
-    """What to torch.save of a dense model.GPT, for `GPT2File` to read.
-
-    tokenizer: its name for data.tokenizer.
-    """
+    """What to torch.save of a dense model.GPT for `GPT2File`. tokenizer: its name for data.tokenizer."""
     config = model.config
     sources = sources_of(config.vocab_size, config.block_size, config.n_layer, config.n_embd)
     tensors = {}
@@ -70,9 +70,11 @@ def pack(model: nn.Module, tokenizer: str) -> dict:
 
 
 class GPT2File:
-    """A file of GPT-2's tensors, read into memory. Raises BadInput.
+    """A file of GPT-2's tensors, read into memory. `name` is one of NAMES or a path. Raises BadInput.
 
-    name: one of NAMES, or a path.
+    config: fields of model.GPTConfig; n_head is None if the file doesn't say
+    sources: see `sources_of`
+    tokenizer: its name for data.tokenizer, or None
     """
 
     encoding = None
@@ -82,32 +84,38 @@ class GPT2File:
             self.path, content = download(name)
         else:
             self.path, content = read_file(Path(name))
+        if not isinstance(content, dict):
+            raise self.bad("it holds no names")
 
+        tensors, config = content, {}
         self.tokenizer = "gpt2" if name in NAMES else None
-        settings = {"n_head": None, "feed_forward": "gelu-tanh"}
-        tensors = content
-        if isinstance(content, dict) and {"model", "config", "tokenizer"} <= content.keys():  # from `pack`
-            tensors = content["model"]
-            settings = content["config"]
+        if content.keys() == {"model", "config", "tokenizer"}:  # from `pack`
+            tensors, config = content["model"], content["config"]
             self.tokenizer = content["tokenizer"]
-        self.tensors = self.without_unused(tensors)
+        n_head = config.get("n_head")
+        feed_forward = config.get("feed_forward", "gelu-tanh")
+        if n_head is not None and (not isinstance(n_head, int) or n_head < 1):
+            raise self.bad(f"its n_head is {n_head!r}")
+        if feed_forward not in ("gelu", "gelu-tanh"):
+            raise self.bad(f"its feed_forward is {feed_forward!r}")
+
+        self.tensors = self.used(tensors)
         V, C = self.tensors["wte.weight"].shape
         T = len(self.tensors["wpe.weight"])
         L = sum(name.endswith("ln_1.weight") for name in self.tensors)
-        self.config = {"vocab_size": V, "block_size": T, "n_layer": L, "n_embd": C, **self.checked(settings)}
         self.sources = sources_of(V, T, L, C)
+        self.config = {"vocab_size": V, "block_size": T, "n_layer": L, "n_head": n_head, "n_embd": C,
+                       "feed_forward": feed_forward}
 
     def bad(self, problem: str) -> BadInput:
         return BadInput(f"`init_from` {self.path}: not a GPT-2: {problem}; {REMEDY}")
 
-    def without_unused(self, tensors: object) -> dict[str, Tensor]:
-        """The tensors without prefix, causal masks and the head, which must equal the token embedding."""
-        if not isinstance(tensors, dict):
-            raise self.bad("it holds no tensors by name")
+    def used(self, tensors: dict) -> dict[str, Tensor]:
+        """Without prefix, causal masks and the head, which must equal the token embedding."""
         used = {}
         for name, tensor in tensors.items():
-            if not isinstance(name, str) or not isinstance(tensor, Tensor):
-                raise self.bad(f"{name!r} is not the name of a tensor")
+            if not isinstance(tensor, Tensor):
+                raise self.bad(f"{name} is not a tensor")
             if not name.endswith(CAUSAL_MASKS):
                 used[name.removeprefix(PREFIX)] = tensor
         for name in ("wte.weight", "wpe.weight"):
@@ -118,30 +126,16 @@ class GPT2File:
             raise self.bad("lm_head.weight differs from wte.weight")
         return used
 
-    def checked(self, settings: object) -> dict:
-        """The fields of model.GPTConfig that `pack` stored."""
-        if not isinstance(settings, dict):
-            raise self.bad("its config is not a dictionary")
-        n_head = settings.get("n_head")
-        feed_forward = settings.get("feed_forward")
-        if n_head is not None and not (type(n_head) is int and n_head > 0):
-            raise self.bad(f"its n_head is {n_head!r}")
-        if feed_forward not in ("gelu", "gelu-tanh"):
-            raise self.bad(f"its feed_forward is {feed_forward!r}")
-        if self.tokenizer not in (None, "bytes", "gpt2"):
-            raise self.bad(f"its tokenizer is {self.tokenizer!r}")
-        return {"n_head": n_head, "feed_forward": feed_forward}
-
     def read(self, name: str) -> Tensor:
         return transposed(name, self.tensors[name])
 
 
 def download(name: str) -> tuple[Path, object]:
-    """One of NAMES, downloaded unless an earlier call did: its path and content. Raises BadInput."""
+    """The path and content of one of NAMES, which is downloaded once. Raises BadInput."""
     file_name = f"{name}-pytorch_model.bin"  # all are called pytorch_model.bin at their source
     path = Path(torch.hub.get_dir(), "checkpoints", file_name)
     try:
-        content = torch.hub.load_state_dict_from_url(
+        return path, torch.hub.load_state_dict_from_url(
             URL.format(name), map_location="cpu", file_name=file_name, weights_only=True)
     except (OSError, HTTPException) as error:
         raise BadInput(f"`init_from` {name}: can't be downloaded ({error}); connect to the network once, "
@@ -149,20 +143,18 @@ def download(name: str) -> tuple[Path, object]:
     except Exception as error:  # a broken file can fail in any way
         raise BadInput(f"`init_from` {path}: can't be read ({type(error).__name__}); delete it to "
                        "download it again") from None
-    return path, content
 
 
 def read_file(path: Path) -> tuple[Path, object]:
     """A file's path and content. Raises BadInput."""
     if not path.is_file():
         raise BadInput(f"`init_from` {path}: no such file; make one with python -m lab.pretrain, or pass "
-                       f"one of smollm2, {', '.join(NAMES)}")
-    safetensors = None
-    if path.suffix == ".safetensors":
-        safetensors = optional("safetensors.torch", f"`init_from` {path}",
-                               "pip install safetensors, or pass a .bin")
+                       f"smollm2 or one of {', '.join(NAMES)}")
+    is_safetensors = path.suffix == ".safetensors"
+    if is_safetensors:
+        safetensors = optional("safetensors.torch", f"`init_from` {path}", "pip install safetensors, or pass a .bin")
     try:
-        if safetensors is not None:
+        if is_safetensors:
             return path, safetensors.load_file(path)
         return path, torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can fail in any way

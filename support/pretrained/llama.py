@@ -7,7 +7,7 @@ turns together are neighbours, as in model.apply_rope.
 from support.pretrained.gguf_file import GGUFFile
 from support.pretrained.gguf_tokenizer import build_tokenizer
 
-ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's divisors of the rotary frequencies
+ROPE_FACTORS = "rope_freqs.weight"
 
 
 class LlamaFile(GGUFFile):
@@ -26,7 +26,7 @@ class LlamaFile(GGUFFile):
     def number(self, key: str, kind: type = int) -> int | float:
         """A positive number of the metadata."""
         value = self.fields.get(f"llama.{key}")
-        if type(value) is not kind or not 0 < value < 1 << 24:
+        if type(value) is not kind or value <= 0:
             raise self.bad(f"llama.{key} is {value!r}")
         return value
 
@@ -66,15 +66,13 @@ class LlamaFile(GGUFFile):
         }
 
     def rotary_factors(self, n_pairs: int) -> list[float] | None:
-        """One per channel pair; None if there are none, or all are 1."""
+        """Llama 3's divisors of the rotary frequencies, one per channel pair; None if there are none."""
         if ROPE_FACTORS not in self.tensors:
             return None
         factors = self.read(ROPE_FACTORS)
         del self.tensors[ROPE_FACTORS]  # it is no parameter
         if factors.shape != (n_pairs,) or not (factors > 0).all():
             raise self.bad(f"{ROPE_FACTORS} doesn't hold {n_pairs} positive factors")
-        if (factors == 1).all():
-            return None
         return factors.tolist()
 
 
@@ -82,6 +80,15 @@ def sources_of(config: dict) -> dict[str, dict[str, tuple[int, ...]]]:
     """Our parameter's name -> {the file's name: its shape}. Several tensors are stacked."""
     V, C, n_hidden = config["vocab_size"], config["n_embd"], config["n_hidden"]
     n_kv = config["n_kv_head"] * C // config["n_head"]  # channels of all key heads
+    layer = {
+        "attention_norm": {"attn_norm": (C,)},
+        "attention.qkv_proj": {"attn_q": (C, C), "attn_k": (n_kv, C), "attn_v": (n_kv, C)},
+        "attention.out_proj": {"attn_output": (C, C)},
+        "moe_norm": {"ffn_norm": (C,)},
+        "moe.gate_proj": {"ffn_gate": (n_hidden, C)},
+        "moe.up_proj": {"ffn_up": (n_hidden, C)},
+        "moe.down_proj": {"ffn_down": (C, n_hidden)},
+    }
     sources = {
         "token_embedding.weight": {"token_embd.weight": (V, C)},
         "norm.weight": {"output_norm.weight": (C,)},
@@ -89,18 +96,7 @@ def sources_of(config: dict) -> dict[str, dict[str, tuple[int, ...]]]:
     if not config["tied"]:
         sources["lm_head.weight"] = {"output.weight": (V, C)}
     for i in range(config["n_layer"]):
-        ours, theirs = f"blocks.{i}", f"blk.{i}"
-        sources |= {
-            f"{ours}.attention_norm.weight": {f"{theirs}.attn_norm.weight": (C,)},
-            f"{ours}.attention.qkv_proj.weight": {
-                f"{theirs}.attn_q.weight": (C, C),
-                f"{theirs}.attn_k.weight": (n_kv, C),
-                f"{theirs}.attn_v.weight": (n_kv, C),
-            },
-            f"{ours}.attention.out_proj.weight": {f"{theirs}.attn_output.weight": (C, C)},
-            f"{ours}.moe_norm.weight": {f"{theirs}.ffn_norm.weight": (C,)},
-            f"{ours}.moe.gate_proj.weight": {f"{theirs}.ffn_gate.weight": (n_hidden, C)},
-            f"{ours}.moe.up_proj.weight": {f"{theirs}.ffn_up.weight": (n_hidden, C)},
-            f"{ours}.moe.down_proj.weight": {f"{theirs}.ffn_down.weight": (C, n_hidden)},
-        }
+        for ours, shapes in layer.items():
+            sources[f"blocks.{i}.{ours}.weight"] = {
+                f"blk.{i}.{theirs}.weight": shape for theirs, shape in shapes.items()}
     return sources
