@@ -48,7 +48,8 @@ def sources_of(V: int, T: int, L: int, C: int) -> dict[str, dict[str, tuple]]:
 
 
 def transposed(name: str, tensor: Tensor) -> Tensor:
-    """A file's tensor in nn.Linear's orientation, or back: files have (n_in, n_out)."""
+    """Transpose a layer's matrix: a file holds (n_in, n_out), nn.Linear (n_out, n_in). Other tensors
+    stay. `name` is the file's."""
     if name.startswith("h.") and tensor.ndim == 2:
         return tensor.t().contiguous()
     return tensor
@@ -91,10 +92,12 @@ class GPT2File:
         if not isinstance(content, dict):
             raise self.bad("it holds no names")
 
-        tensors, config = content, {}
+        tensors = content
+        config = {}
         self.tokenizer = "gpt2" if name in NAMES else None
         if content.keys() == {"model", "config", "tokenizer"}:  # from `pack`
-            tensors, config = content["model"], content["config"]
+            tensors = content["model"]
+            config = content["config"]
             self.tokenizer = content["tokenizer"]
         self.tensors = self.used(tensors)
         V, C = self.tensors["wte.weight"].shape
@@ -114,7 +117,7 @@ class GPT2File:
         return BadInput(f"`init_from` {self.path}: not a GPT-2: {problem}; {REMEDY}")
 
     def used(self, tensors: dict) -> dict[str, Tensor]:
-        """Without prefix, causal masks and the head, which must equal the token embedding."""
+        """The tensors without prefix, causal masks and the head, which must equal the token embedding."""
         used = {}
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
