@@ -48,8 +48,10 @@ def sources_of(V: int, T: int, L: int, C: int) -> dict[str, dict[str, tuple]]:
 
 
 def transposed(name: str, tensor: Tensor) -> Tensor:
-    """Transpose a layer's matrix: a file holds (n_in, n_out), nn.Linear (n_out, n_in). Other tensors
-    stay. `name` is the file's."""
+    """Transpose a layer's matrix, which is (n_in, n_out) in a file and (n_out, n_in) in nn.Linear.
+
+    name: the file's; other tensors stay
+    """
     if name.startswith("h.") and tensor.ndim == 2:
         return tensor.t().contiguous()
     return tensor
@@ -117,7 +119,7 @@ class GPT2File:
         return BadInput(f"`init_from` {self.path}: not a GPT-2: {problem}; {REMEDY}")
 
     def used(self, tensors: dict) -> dict[str, Tensor]:
-        """The tensors without prefix, causal masks and the head, which must equal the token embedding."""
+        """The tensors without prefix, masks and the head, which must equal the token embedding."""
         used = {}
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
