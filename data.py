@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from support.errors import BadInput
-from support.pretrained import llama
-from support.pretrained.llama import END
+from support.pretrained.gguf_file import SMOLLM2, is_gguf
+from support.pretrained.gguf_tokenizer import END, load_tokenizer
 from support.text import corpora
 from support.text.corpora import BUILTIN, CORPORA, CORPUS_EXCERPT, EVERYTHING
 
@@ -149,10 +149,10 @@ def tokenizer(name: str) -> tiktoken.Encoding:
     if name == "bytes":
         bytewise = {bytes([byte]): byte for byte in range(256)}
         return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=bytewise, special_tokens={END: 256})
-    if llama.is_one(name):
-        return llama.File(name, "tokenizer").tokenizer()
+    if is_gguf(name):
+        return load_tokenizer(name, "tokenizer")
     if name not in tiktoken.list_encoding_names():
-        raise BadInput(f"`tokenizer` {name}: not known; take bytes, gpt2, {llama.SMOLLM2} or a .gguf")
+        raise BadInput(f"`tokenizer` {name}: not known; take bytes, gpt2, {SMOLLM2} or a .gguf")
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # a failed download: the errors of `requests` are OSErrors

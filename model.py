@@ -379,8 +379,8 @@ class GPT(nn.Module):
         overrides: fields of GPTConfig, such as expert="lora". The first logits are the base's.
         Raises ValueError, one line.
         """
-        from support.pretrained import gpt2
-        start = gpt2.load(name_or_file, **overrides)
+        from support.pretrained.base import load
+        start = load(name_or_file, **overrides)
         return cls(GPTConfig(**start.config | overrides), generator, start.tensors)
 
     @property

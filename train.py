@@ -23,7 +23,7 @@ from federated import User, federated_round
 from methods import METHODS
 from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig
 from support.files import write_json
-from support.pretrained.gpt2 import Base
+from support.pretrained.base import Base
 from support.report import page
 from support.runs import folder, processes
 from support.runs.folder import Folder, stopped_gently

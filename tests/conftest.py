@@ -8,7 +8,7 @@ import torch
 
 import train
 from model import GPT, GPTConfig
-from support.pretrained import gpt2 as pretrained
+from support.pretrained.gpt2 import pack
 from support.runs.settings import parsed
 
 torch.set_num_threads(1)
@@ -34,8 +34,7 @@ def tiny_base():
     """What to torch.save as a base of 1 layer of 16 channels and windows of 8 bytes, with random weights."""
     config = GPTConfig(257, 8, 1, 2, 16, specialists=0, routed=False)
     model = GPT(config, torch.Generator().manual_seed(0))
-    tensors = {GPT.plain_name(name): parameter for name, parameter in model.named_parameters()}
-    return pretrained.pack(tensors, config.n_head, config.feed_forward, "bytes")
+    return pack(model, "bytes")
 
 
 # --- text, and commands at a tiny size

@@ -15,7 +15,7 @@ import train
 from conftest import NAMES, SCHEDULE, TINY, begun, command, refusal, run, same, state
 from methods import METHODS, OWN
 from model import BACKBONE, GPT, ROUTER, SPECIALIST, GPTConfig
-from support.pretrained import gpt2 as pretrained
+from support.pretrained import base as pretrained
 from support.report import page
 from support.runs import folder, measuring, settings
 from support.runs.settings import Settings, as_flags, parsed, status_of

@@ -29,7 +29,7 @@ from federated import User
 from model import GPT
 from support.errors import BadInput
 from support.files import locked, on_disk, read_json, write, write_json, write_text
-from support.pretrained.gpt2 import Base
+from support.pretrained.base import Base
 from support.runs.settings import GROUPS, NO_MEMORY, Settings, given_in, plain, refuse, refuse_rest
 
 FORMAT = 5  # of config.json and checkpoints

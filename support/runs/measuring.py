@@ -16,7 +16,7 @@ from methods import METHODS
 from model import GENERALIST, ROLES
 from support.errors import Diverged
 from support.files import kept
-from support.pretrained.gpt2 import Base
+from support.pretrained.base import Base
 from support.runs.settings import Settings
 from support.server.privacy import sentence
 from support.text.trigram import trigram_loss

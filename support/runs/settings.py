@@ -19,7 +19,7 @@ from data import BUILTIN_TRAIN_KB
 from methods import METHODS
 from model import EXPERTS
 from support.errors import BadInput
-from support.pretrained import gpt2 as pretrained
+from support.pretrained.base import NAMES
 from support.text.corpora import BUILTIN, CORPORA, TABLES
 
 
@@ -148,7 +148,7 @@ class Settings(Training):
                           choices=tuple(EXPERTS))
     lora_rank: tuple[int, ...] = setting(
         (8,), "rank of the changes; most methods that average them need one for all", int, 1, high=10_000, many=True)
-    init_from: str = setting("scratch", f"where the weights start: scratch, {', '.join(pretrained.NAMES)}, a .gguf, "
+    init_from: str = setting("scratch", f"where the weights start: scratch, {', '.join(NAMES)}, a .gguf, "
                                         "or a file such as lab/pretrain.py writes")
     dtype: str = setting("auto", "of what is frozen, and of the work on it; auto: bfloat16 on SmolLM2 and the like, "
                                  "where the processor multiplies in it", choices=("auto", "float32", "bfloat16"))

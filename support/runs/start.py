@@ -6,8 +6,7 @@ import torch
 
 import data
 from support.errors import BadInput
-from support.pretrained import gpt2 as pretrained
-from support.pretrained.gpt2 import Base
+from support.pretrained.base import Base, load
 from support.runs.settings import SCRATCH, Settings, Training
 
 
@@ -41,7 +40,7 @@ def starting_point(settings: Settings) -> Base:
     if settings.init_from == "scratch":
         return blank(settings, settings.tokenizer or "bytes")
     dtype = dtype_of(settings)
-    start = pretrained.load(settings.init_from, settings.block_size, settings.n_head, dtype)
+    start = load(settings.init_from, settings.block_size, settings.n_head, dtype)
     name = settings.tokenizer or start.tokenizer or "gpt2"
     if start.tokenizer in (None, name):
         encoding = start.encoding or data.tokenizer(name)
