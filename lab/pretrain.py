@@ -3,7 +3,7 @@
     python -m lab.pretrain
     python train.py --init-from out/base/base.pt --expert lora --users 4 --specialists 1,2,4,8
 
-The text is that of Python's standard library and numpy, which no user holds (support/text/corpora.py).
+The text is that of Python's standard library and numpy, which no user holds (support/text/sources.py).
 """
 
 import math

@@ -131,7 +131,7 @@ def test_names_are_downloaded_once_into_files_of_their_own(monkeypatch):
 def pretraining(monkeypatch):
     """Makes a base from made-up documents, of which every other one is like the users'. Gives the exit status."""
     letters = str.maketrans("0123456789", "abcdefghij")
-    monkeypatch.setattr(data.corpora, "pretraining", lambda: (
+    monkeypatch.setattr(data.sources, "pretraining_documents", lambda: (
         words(i, 2500).translate(letters if i % 2 else {}) for i in range(36)))
     flags = "--steps 60 --n-layer 2 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 --lr 1e-2 --out base"
     return lambda more="": pretrain.main(f"{flags} {more}".split())
