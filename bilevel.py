@@ -36,7 +36,10 @@ Batch = tuple[Tensor, Tensor]  # inputs and targets, (B, T) token numbers each
 
 
 def cosine(steps: int, warmup: int) -> Callable[[int], float]:
-    """The experts' learning rate as a factor: linear up over `warmup` steps, a cosine down to a tenth at `steps`."""
+    """The experts' learning rate as a factor of its highest value.
+
+    It rises linearly for `warmup` steps, then falls along a cosine to a tenth at `steps`.
+    """
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
@@ -84,12 +87,12 @@ class Level:
         return loss.detach()
 
     def objective(self, model: GPT, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss that is reported, and the objective that is descended. A method may add terms to the latter."""
+        """The loss to report, and the objective to descend, to which a method may add terms."""
         _, loss = model(idx, targets)
         return loss, loss
 
     def differentiate(self, objective: Tensor) -> None:
-        """Compute the gradients of this level's parameters. `inputs` keeps all others without one."""
+        """Compute gradients. `inputs` restricts them to the parameters of this level."""
         objective.backward(inputs=self.parameters)
 
     def state(self) -> dict:
@@ -114,9 +117,9 @@ class Rhythm:
 
 
 def alternate(model: GPT, lower: Level, upper: Level | None, rhythm: Rhythm) -> Tensor:
-    """One user's local steps in a round, by alternating minimization. Returns the mean training loss, in nats.
+    """One user's local steps in a round, by alternating minimization.
 
-    upper: None for a method that doesn't train a router.
+    Returns the mean training loss, in nats. upper: None if the method doesn't train a router.
     """
     losses = []
     for _ in range(rhythm.local_steps):
@@ -129,8 +132,9 @@ def alternate(model: GPT, lower: Level, upper: Level | None, rhythm: Rhythm) -> 
 
 
 @torch.no_grad()
-def evaluate(model: GPT, batches: Iterator[Batch], fixed_gates: Tensor | None = None) -> tuple[float, Tensor]:
-    """Mean cross-entropy over all targets, in nats, and each layer's mean gate of each expert, (L, E).
+def evaluate(model: GPT, batches: Iterator[Batch],
+             fixed_gates: Tensor | None = None) -> tuple[float, Tensor]:
+    """Mean cross-entropy over all targets, in nats, and the mean gate of every expert, (L, E).
 
     fixed_gates (L, E): weights for every token, instead of the routers'.
     """
@@ -138,7 +142,7 @@ def evaluate(model: GPT, batches: Iterator[Batch], fixed_gates: Tensor | None = 
     for idx, targets in batches:
         hidden, routings = model.trunk(idx, fixed_gates)
         total_loss += model.loss(hidden, targets).item() * targets.numel()
-        gates = [dense_gates(routing, model.config.n_experts).sum(0) for routing in routings]  # L × (E,)
-        total_gates += torch.stack(gates)
+        gates = [dense_gates(routing, model.config.n_experts) for routing in routings]  # L × (N, E)
+        total_gates += torch.stack([layer.sum(0) for layer in gates])  # (L, E)
         count += targets.numel()
     return total_loss / count, total_gates / count

@@ -24,15 +24,15 @@ def size_of(message: Message) -> int:
 
 
 class User:
-    """A device: its model, its two levels with its text, and the number of bytes that it has sent and received.
+    """A device: its model, its two levels with its text, and counts of the bytes it exchanged.
 
     weight: in the server's average. hyper, memory: as in bilevel.Level.
     """
 
-    fixed_gates: Tensor | None = None  # (L, E), weights instead of the router's; only a rival sets them
+    fixed_gates: Tensor | None = None  # (L, E), used instead of the router's; only rivals set them
 
-    def __init__(self, name: str, model: GPT, lower: Level, upper: Level | None, weight: float = 1.0,
-                 hyper: dict[str, float] | None = None):
+    def __init__(self, name: str, model: GPT, lower: Level, upper: Level | None,
+                 weight: float = 1.0, hyper: dict[str, float] | None = None):
         self.name = name
         self.model = model
         self.lower = lower
@@ -70,7 +70,8 @@ class User:
 
     def upload(self) -> Message:
         """θ_i^G, which is all that leaves the device."""
-        message = {name: parameter.detach().clone() for name, parameter in self.model.having(GENERALIST).items()}
+        generalists = self.model.having(GENERALIST)
+        message = {name: parameter.detach().clone() for name, parameter in generalists.items()}
         self.bytes_up += size_of(message)
         return message
 
@@ -114,7 +115,7 @@ class Server:
         return {name: self.generalists[name] for name in shapes}
 
     def aggregate(self, uploads: dict[User, Message]) -> int:
-        """θ^G ← the average of θ_i^G. Without uploads it stays. Returns how many are in the average."""
+        """θ^G ← the average of θ_i^G, if there are any. Returns how many it averaged."""
         if uploads:
             weights = [user.weight for user in uploads]
             self.generalists |= self.merge(list(uploads.values()), weights)

@@ -31,8 +31,8 @@ from rivals import (
 class LeakyLevel(Level):
     """The gradient leak of the authors' code, on purpose.
 
-    A step differentiates with respect to all parameters but clears only its own level's gradients. The
-    other level's next step descends what has accumulated.
+    A step differentiates with respect to all parameters but clears only its own level's gradients.
+    The other level's next step descends what has accumulated.
     """
 
     def differentiate(self, objective: Tensor) -> None:
@@ -48,13 +48,13 @@ class Method:
     """
 
     summary: str
-    roles: dict[str, str] = field(default_factory=dict)  # role in CoMiGS (or lora_A, lora_B) -> role in this method
+    roles: dict[str, str] = field(default_factory=dict)  # role in CoMiGS or factor -> role here
     routed: bool = False  # False: no router, the experts' outputs are averaged
     router_text: str = "valid"  # the split that trains the router
     pooled: bool = False  # one model learns from all users' text, which leaves the devices
     needs: str = ""  # "lora": LoRA adapters; "both": generalists and specialists
     sizes: str = "specialists"  # users may differ in "specialists", in "ranks" too, or in "nothing"
-    clippable: bool = True  # a message is an update of the server's generalists, whose norm can be clipped
+    clippable: bool = True  # a message is an update of the server's, whose norm can be clipped
     level: type[Level] = Level  # the lower one
     router_level: type[Level] = Level
     user: type[User] = User
@@ -68,18 +68,22 @@ JOINT = {ROUTER: SPECIALIST}  # the router is trained with the experts, on train
 
 METHODS = {
     "comigs": Method(
-        "generalists are averaged, specialists and routers stay, routers learn from validation text",
-        routed=True),
+        "generalists are averaged, specialists and routers stay, "
+        "routers learn from validation text", routed=True),
 
     # Ablations
     "comigs-2g": Method("CoMiGS with generalists only", SHARED, routed=True),
-    "comigs-2s": Method("CoMiGS with specialists only: nothing is sent", OWN, routed=True, sizes="ranks"),
+    "comigs-2s": Method(
+        "CoMiGS with specialists only: nothing is sent", OWN, routed=True, sizes="ranks"),
     "comigs-uniform": Method("CoMiGS without routers: all experts have the same weight"),
-    "comigs-train": Method("CoMiGS with routers that learn from training text", routed=True, router_text="train"),
+    "comigs-train": Method(
+        "CoMiGS with routers that learn from training text", routed=True, router_text="train"),
     "comigs-joint": Method(
-        "CoMiGS in one level: routers learn with the experts, from training text", JOINT, routed=True),
+        "CoMiGS in one level: routers learn with the experts, from training text", JOINT,
+        routed=True),
     "comigs-leaky": Method(
-        "CoMiGS with the gradient leak of its authors' code", routed=True, level=LeakyLevel, router_level=LeakyLevel),
+        "CoMiGS with the gradient leak of its authors' code", routed=True,
+        level=LeakyLevel, router_level=LeakyLevel),
     "comigs-apart": Method(
         "beyond the paper: each kind of expert learns alone, as in fdlora, and a router mixes them",
         routed=True, needs="both", level=SeparateLevel),
@@ -99,14 +103,17 @@ METHODS = {
         "as comigs-joint, with a load-balancing loss", JOINT, routed=True, level=BalancedLevel,
         hyper={"balance": 0.01}),
     "hetlora": Method(
-        "zero-padded averaging by the norm of BA, ranks prune themselves", SHARED, needs="lora", sizes="ranks",
-        clippable=False, level=HetLoRALevel, user=HetLoRAUser, server=HetLoRAServer,
+        "zero-padded averaging by the norm of BA, ranks prune themselves", SHARED,
+        needs="lora", sizes="ranks", clippable=False,
+        level=HetLoRALevel, user=HetLoRAUser, server=HetLoRAServer,
         hyper={"lambda": 0.01, "gamma": 0.99}),  # as in the code of CoMiGS's authors
     "flexlora": Method(
-        "products BA are averaged, and cut to each rank by SVD", SHARED, needs="lora", sizes="ranks",
-        clippable=False, server=FlexLoRAServer),
-    "ffa-lora": Method("A stays at its random start, B is averaged", {**SHARED, "lora_A": BACKBONE}, needs="lora"),
-    "fedsa-lora": Method("A is averaged, B stays", {"lora_A": GENERALIST, "lora_B": SPECIALIST}, needs="lora"),
+        "products BA are averaged, and cut to each rank by SVD", SHARED,
+        needs="lora", sizes="ranks", clippable=False, server=FlexLoRAServer),
+    "ffa-lora": Method(
+        "A stays at its random start, B is averaged", SHARED | {"lora_A": BACKBONE}, needs="lora"),
+    "fedsa-lora": Method(
+        "A is averaged, B stays", {"lora_A": GENERALIST, "lora_B": SPECIALIST}, needs="lora"),
     "fdlora": Method(
         "a global and a personal adapter, fused by a search on validation text", needs="both",
         level=SeparateLevel, user=FDLoRAUser),

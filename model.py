@@ -20,11 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from lora import LoRAExperts, LoRALinear
 from support import kernels
 
-# The role of a parameter decides whether it is averaged, which text trains it, and whether it is saved.
+# A parameter's role decides whether it is averaged, which text trains it, and whether it is saved.
 BACKBONE = "backbone"  # pretrained and frozen
 GENERALIST = "generalist"  # θ^G: trained on training text, averaged over the users
 SPECIALIST = "specialist"  # θ_i^S: trained on training text, stays with its user
@@ -42,13 +42,13 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 128
     # Differences between a GPT-2 (the defaults) and a Llama:
-    n_kv_head: int | None = None  # key/value heads; each serves n_head / n_kv_head query heads; None: n_head
+    n_kv_head: int | None = None  # key/value heads, shared by the query heads; None: n_head
     n_hidden: int | None = None  # channels inside a feed-forward block; None: 4 n_embd
     feed_forward: str = "gelu"  # "gelu"; "gelu-tanh", GPT-2's approximation; "swiglu", Llama's
     norm: str = "layer"  # a key of NORMS
     norm_eps: float = 1e-5
     rotary_base: float | None = None  # None: learned positions
-    rotary_factors: list[float] | None = None  # D/2 divisors of the rotary frequencies, for long texts; None: 1
+    rotary_factors: list[float] | None = None  # divisors of the D/2 rotary frequencies; None: 1
     bias: bool = True  # linear maps have a bias
     tied: bool = True  # the token embedding is also the language-model head
     # The mixture of experts:
@@ -56,11 +56,11 @@ class GPTConfig:
     specialists: int = 1  # S, the other experts
     top_k: int = 2  # k; a model with fewer experts uses all of them
     routed: bool = True  # False: there is no router, and every expert has the weight 1/E
-    expert: str = "mlp"  # a key of EXPERTS
+    expert: str = "mlp"  # or "lora": adapters of one frozen feed-forward block (lora.py)
     lora_rank: int = 8  # r, with "lora"
-    roles: dict[str, str] = field(default_factory=dict)  # a method's changes, {"specialist": "generalist"};
-    # "lora_A" and "lora_B" give a role to one factor of every adapter
-    dtype: str = "float32"  # or "bfloat16": of frozen weights and activations; trained weights are float32
+    roles: dict[str, str] = field(default_factory=dict)  # a method's: {"specialist": "generalist"},
+    # or {"lora_A": "backbone"} for one factor of every adapter
+    dtype: str = "float32"  # or "bfloat16", of frozen weights; trained weights are float32
     use_kernels: bool = True  # use support/kernels.py where it is faster than the code in this file
 
     def __post_init__(self):
@@ -108,7 +108,7 @@ def with_role(role: str, module: nn.Module) -> nn.Module:
 
 
 def embedding(rows: int, config: GPTConfig) -> nn.Embedding:
-    """A learned vector per token or position. (nn.Embedding's own start would cost random numbers.)"""
+    """A learned vector per token or position."""
     empty = torch.empty(rows, config.n_embd)
     return with_role(config.trunk_role, nn.Embedding.from_pretrained(empty, freeze=False))
 
@@ -120,61 +120,14 @@ def norm(config: GPTConfig) -> nn.Module:
     return with_role(config.trunk_role, NORMS[config.norm](config.n_embd, config.norm_eps))
 
 
-# --- LoRA ------------------------------------------------------------------------------------------
-
-LORA_ALPHA = 16  # α
-
-
-def lora_scale(rank: int) -> float:
-    """s = α/√r, the scale of rsLoRA (Kalajdzievski 2023), as in the paper."""
-    return LORA_ALPHA / rank**0.5
-
-
-class LoRAAdapter(nn.Module):
-    """A low-rank change s·BA of a linear map (Hu et al. 2021, section 4.1). It starts at B = 0: no change."""
-
-    def __init__(self, n_in: int, n_out: int, rank: int, role: str):
-        super().__init__()
-        self.role = role
-        self.lora_A = nn.Parameter(torch.empty(rank, n_in))
-        self.lora_B = nn.Parameter(torch.empty(n_out, rank))
-
-
-class LoRALinear(nn.Linear):
-    """A frozen linear map with one adapter for each of the given roles: W x + b + Σ_e s·B_e A_e x."""
-
-    def __init__(self, n_in: int, n_out: int, config: GPTConfig, adapter_roles: list[str]):
-        super().__init__(n_in, n_out, config.bias)
-        adapters = [LoRAAdapter(n_in, n_out, config.lora_rank, role) for role in adapter_roles]
-        self.adapters = nn.ModuleList(adapters)
-
-    def stacked_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """All adapters' s·A, one below the other (E·r, n_in), and their B, side by side (n_out, E·r)."""
-        A = torch.cat([adapter.lora_A for adapter in self.adapters])
-        B = torch.cat([adapter.lora_B for adapter in self.adapters], dim=1)
-        rank = len(A) // len(self.adapters)
-        return (lora_scale(rank) * A).to(dtype), B.to(dtype)
-
-    def frozen(self, x: Tensor) -> Tensor:
-        """W x + b."""
-        return super().forward(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)  # (N, n_in)
-        A, B = self.stacked_factors(x.dtype)
-        low = F.linear(rows, A)  # (N, E·r)
-        y = torch.addmm(self.frozen(rows), low, B.t())  # (N, n_out)
-        return y.unflatten(0, x.shape[:-1])
-
-
 def linear(n_in: int, n_out: int, config: GPTConfig, adapter_roles: list[str]) -> nn.Linear:
-    """A linear map. If experts are LoRA adapters, it is frozen and has adapters with these roles."""
+    """A linear map. If experts are LoRA adapters, a frozen one with adapters of these roles."""
     if config.expert == "lora":
-        return LoRALinear(n_in, n_out, config, adapter_roles)
+        return LoRALinear(n_in, n_out, config.bias, config.lora_rank, adapter_roles)
     return nn.Linear(n_in, n_out, config.bias)
 
 
-# --- attention -------------------------------------------------------------------------------------
+# --- attention ---
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -202,9 +155,9 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √D) v, in which the last of T queries sees all S keys, and each one before it one less.
+    """softmax(q kᵀ / √D) v. The last of T queries sees all S keys, each one before it one less.
 
-    q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). T is less than S if keys come from a cache.
+    q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). With a cache, T is less than S.
     """
     T, S = q.shape[2], k.shape[2]
     keys_shared = q.shape[1] > k.shape[1]
@@ -215,7 +168,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with H query heads that share K key/value heads: (B, T, C) -> (B, T, C)."""
+    """Causal self-attention; H query heads share K key/value heads: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -249,7 +202,7 @@ class Attention(nn.Module):
         return self.out_proj(y)
 
 
-# --- the mixture of experts ------------------------------------------------------------------------
+# --- the mixture of experts ---
 
 
 class Expert(nn.Module):
@@ -262,8 +215,12 @@ class Expert(nn.Module):
         super().__init__()
         self.role = role
         self.approximate = "tanh" if config.feed_forward == "gelu-tanh" else "none"
-        C, n_hidden, kinds = config.n_embd, config.n_hidden, config.expert_kinds
-        self.gate_proj = linear(C, n_hidden, config, kinds) if config.feed_forward == "swiglu" else None
+        C = config.n_embd
+        n_hidden = config.n_hidden
+        kinds = config.expert_kinds
+        self.gate_proj = None
+        if config.feed_forward == "swiglu":
+            self.gate_proj = linear(C, n_hidden, config, kinds)
         self.up_proj = linear(C, n_hidden, config, kinds)
         self.down_proj = linear(n_hidden, C, config, kinds)
 
@@ -299,7 +256,7 @@ def to_all(gates: Tensor, logits: Tensor | None = None) -> Routing:
 
 
 class Router(nn.Module):
-    """φ: one linear map that selects k experts for each token and weighs them: (N, C) -> Routing."""
+    """φ: a linear map that selects k experts for each token and weighs them: (N, C) -> Routing."""
 
     role = ROUTER
 
@@ -341,61 +298,16 @@ class MLPExperts(nn.ModuleList):
         return y
 
 
-class LoRAExperts(nn.Module):
-    """E low-rank changes of one frozen feed-forward block, and their mixture: an optimization.
-
-    Expert e is the block with its e-th adapters. Separate experts, as in `MLPExperts`, would apply
-    the frozen matrices U (up) and D (down) once per selected expert. Here each is applied once per
-    token, because U x is common to all experts and D is linear:
-
-        h_e = gelu(U x + s·B_e A_e x)
-        y = Σ gate_e · (D + s·B'_e A'_e) h_e = D Σ gate_e·h_e + Σ s·B'_e A'_e (gate_e·h_e)
-
-    The factors of all experts are stacked, so that one matrix product serves all tokens; a mask keeps
-    the ranks of a token's expert. test_model.py proves it equal to separate experts:
-    test_the_mixture_equals_the_dense_one_in_output_and_all_gradients.
-    """
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.block = Expert(config, BACKBONE)
-        self.n_experts = config.n_experts
-
-    def forward(self, x: Tensor, gates: Tensor, selected: Tensor) -> Tensor:
-        """x (N, C), gates and selected (N, k) -> (N, C)."""
-        inputs = []  # for each matrix that reads x: U x, A x of all experts, and their B
-        for projection in self.block.input_projections:
-            A, B = projection.stacked_factors(x.dtype)
-            inputs.append((projection.frozen(x), F.linear(x, A), B.t()))  # (N, n_hidden), (N, E·r), (E·r, n_hidden)
-
-        down_proj = self.block.down_proj
-        A, B = down_proj.stacked_factors(x.dtype)  # (E·r, n_hidden), (C, E·r)
-        rank = len(A) // self.n_experts
-        hidden = 0  # Σ gate_e·h_e
-        low = 0  # Σ s·A'_e (gate_e·h_e), at the ranks of expert e
-        for gate, expert in zip(gates.unbind(1), selected.unbind(1), strict=True):  # (N,) each, k times
-            mask = F.one_hot(expert, self.n_experts).to(x.dtype).repeat_interleave(rank, dim=1)  # (N, E·r)
-            h = checkpoint(self.gated_hidden, gate, mask, inputs, use_reentrant=False, preserve_rng_state=False)
-            hidden = hidden + h  # (N, n_hidden)
-            low = low + mask * F.linear(h, A)  # (N, E·r)
-        return torch.addmm(down_proj.frozen(hidden), low, B.t())
-
-    def gated_hidden(self, gate: Tensor, mask: Tensor, inputs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        """gate_e·h_e for one expert e of every token: (N, n_hidden). Computed again in the backward pass, to save memory."""
-        projected = [torch.addmm(Ux, mask * Ax, B) for Ux, Ax, B in inputs]
-        return gate[:, None] * self.block.activation(*projected)
-
-
-EXPERTS = {"mlp": MLPExperts, "lora": LoRAExperts}
-
-
 class MoE(nn.Module):
-    """A router and its experts, in place of a feed-forward block: (B, T, C) -> (B, T, C) and the routing."""
+    """A router and its experts, in place of a feed-forward block: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.router = Router(config) if config.routed else None
-        self.experts = EXPERTS[config.expert](config)
+        if config.expert == "lora":
+            self.experts = LoRAExperts(Expert(config, BACKBONE), config.n_experts)
+        else:
+            self.experts = MLPExperts(config)
         self.n_experts = config.n_experts
 
     def forward(self, x: Tensor, fixed_gates: Tensor | None = None) -> tuple[Tensor, Routing]:
@@ -436,12 +348,11 @@ class GPT(nn.Module):
     model(idx) -> (logits (B, T, V), None)
     model(idx, targets) -> (None, mean cross-entropy in nats)
 
-    idx and targets are (B, T) token numbers, with T at most `block_size`.
-
+    idx, targets: (B, T) token numbers, with T at most `block_size`.
     generator: draws the initial weights that aren't pretrained.
-    pretrained: tensors by the names that they have in a GPT without a mixture (`plain_name`). Frozen
-        parameters share their memory with these tensors, so that several models on one base hold it
-        once; trained parameters are copies.
+    pretrained: tensors by the names that they have in a GPT without a mixture (`plain_name`).
+        Frozen parameters share their memory with these tensors, so that several models on one base
+        hold it once; trained parameters are copies.
     """
 
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None,
@@ -461,7 +372,8 @@ class GPT(nn.Module):
         self.initialize(generator, pretrained or {})
 
     @classmethod
-    def from_pretrained(cls, name_or_file: str | Path, generator: torch.Generator | None = None, **overrides) -> "GPT":
+    def from_pretrained(cls, name_or_file: str | Path, generator: torch.Generator | None = None,
+                        **overrides) -> "GPT":
         """A model that starts as smollm2, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a file.
 
         overrides: fields of GPTConfig, such as expert="lora". The first logits are the base's.
@@ -479,14 +391,14 @@ class GPT(nn.Module):
 
     @staticmethod
     def plain_name(name: str) -> str:
-        """A parameter's name in a GPT without a mixture. All experts start as its feed-forward block.
+        """A parameter's name in a GPT without a mixture; all experts start as its one block.
 
         plain_name("blocks.3.moe.experts.0.up_proj.bias") -> "blocks.3.moe.up_proj.bias"
         """
         return re.sub(r"\.experts\.\w+", "", name)
 
     def initialize(self, generator: torch.Generator | None, pretrained: dict[str, Tensor]) -> None:
-        """Set every parameter: to the pretrained tensor if there is one, otherwise to `initial_value`."""
+        """Set every parameter to its pretrained tensor, if there is one, or to `initial_value`."""
         values = {}
         for name, parameter in self.named_parameters():
             frozen = self.roles[name] == BACKBONE
@@ -502,8 +414,9 @@ class GPT(nn.Module):
             parameter.requires_grad_(not frozen)
         self.load_state_dict(values, assign=True)
 
-    def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
-        """GPT-2's: weights N(0, 0.02²), biases 0, norms 1. LoRA's: A uniform within ±1/√n_in, B zero."""
+    def initial_value(self, name: str, shape: torch.Size,
+                      generator: torch.Generator | None) -> Tensor:
+        """GPT-2's: weights N(0, 0.02²), biases 0, norms 1. LoRA's: A uniform in ±1/√n_in, B 0."""
         if len(shape) == 1:
             return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
         if name.endswith("lora_B"):
@@ -538,15 +451,17 @@ class GPT(nn.Module):
 
     # --- from tokens to logits and loss ---
 
-    def trunk(self, idx: Tensor, fixed_gates: Tensor | None = None, kv_cache=None) -> tuple[Tensor, list[Routing]]:
+    def trunk(self, idx: Tensor, fixed_gates: Tensor | None = None,
+              kv_cache=None) -> tuple[Tensor, list[Routing]]:
         """Everything below the head: (B, T) -> hidden states (B, T, C) and each layer's routing.
 
         fixed_gates (L, E): weights for every token, instead of the routers'.
-        kv_cache: a support.sampling.KVCache; the tokens of idx follow those in it, and are added to it.
+        kv_cache: a support.sampling.KVCache; the tokens of idx follow those in it, and join them.
         """
         start = 0 if kv_cache is None else kv_cache.length
         end = start + idx.shape[1]
-        assert end <= self.config.block_size, f"{end} tokens are more than block_size {self.config.block_size}"
+        block_size = self.config.block_size
+        assert end <= block_size, f"{end} tokens are more than block_size {block_size}"
 
         x = self.token_embedding(idx)  # (B, T, C)
         rope = None
@@ -573,10 +488,11 @@ class GPT(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats: hidden states (B, T, C), targets (B, T) -> scalar."""
+        hidden = hidden.flatten(0, 1)  # (N, C)
+        targets = targets.flatten()  # (N,)
         if self.config.use_kernels:  # the same loss, without holding all logits at once
-            return kernels.linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
-        logits = at_least_float32(self.logits(hidden))  # (B, T, V)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            return kernels.linear_cross_entropy(hidden, self.head_weight, targets)
+        return F.cross_entropy(at_least_float32(self.logits(hidden)), targets)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None,
                 fixed_gates: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:

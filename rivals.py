@@ -1,4 +1,4 @@
-"""The parts of rival methods that a row of methods.METHODS can't express, each with the equation of its paper.
+"""The parts of rival methods that a row of methods.METHODS can't express, with their equations.
 
 A part is a subclass of `Level` (a term beside the loss), of `User` (what a device does with the
 message it receives, or before its model is used) or of `Server` (how it merges messages).
@@ -12,20 +12,21 @@ from torch.nn import functional as F
 
 from bilevel import Batch, Level, Rhythm, evaluate
 from federated import Message, Server, User, average
-from model import GENERALIST, GPT, SPECIALIST, GPTConfig, LoRAAdapter, Routing, lora_scale
+from lora import LoRAAdapter, lora_scale
+from model import GENERALIST, GPT, SPECIALIST, GPTConfig, Routing
 
 
 class JudgingUser(User):
     """A user whose method compares models on validation text, on the device.
 
-    validation_windows: a function that gives a few windows of the user's validation text, always the
-    same ones. It is set once the user exists (train.build_user).
+    validation_windows: returns a few windows of the user's validation text, always the same ones.
+    train.build_user sets it.
     """
 
     validation_windows: Callable[[], Iterator[Batch]]
 
 
-# --- pFedMoE, as the paper adapts it ---------------------------------------------------------------
+# --- pFedMoE, as the paper adapts it ---
 
 
 def load_balancing_loss(routing: Routing) -> Tensor:
@@ -51,11 +52,14 @@ class BalancedLevel(Level):
         return loss, loss + self.hyper["balance"] * balancing
 
 
-# --- FDLoRA (Qi et al. 2024): a global and a personal adapter --------------------------------------
+# --- FDLoRA (Qi et al. 2024): a global and a personal adapter ---
 
 
 def gates_by_kind(config: GPTConfig, generalist_weight: float) -> Tensor:
-    """Gates (L, E) that split `generalist_weight` evenly over the generalists, and the rest over the specialists."""
+    """Gates (L, E) that generalists share evenly, and specialists.
+
+    generalist_weight: the sum of the generalists' gates; the specialists' sum to the rest of 1.
+    """
     roles = config.expert_roles
     weight = {GENERALIST: generalist_weight / roles.count(GENERALIST),
               SPECIALIST: (1 - generalist_weight) / roles.count(SPECIALIST)}
@@ -64,9 +68,10 @@ def gates_by_kind(config: GPTConfig, generalist_weight: float) -> Tensor:
 
 
 class SeparateLevel(Level):
-    """Each kind of expert learns alone, from the same batches: L(generalists only) + L(specialists only).
+    """Each kind of expert learns alone, from the same batches.
 
-    Attention's adapters, which both share, descend the sum. The mean of the two losses is reported.
+    The objective is L(generalists only) + L(specialists only). Attention's adapters, which both
+    use, descend the sum. The mean of the two losses is reported.
     """
 
     def objective(self, model: GPT, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,11 +98,11 @@ class FDLoRAUser(JudgingUser):
         self.fixed_gates = gates_by_kind(self.model.config, best / 10)
 
 
-# --- PCL, strategy 2 (Wagner et al. 2024): trust between users -------------------------------------
+# --- PCL, strategy 2 (Wagner et al. 2024): trust between users ---
 
 
 class PCLServer(Server):
-    """Keeps all users' generalists, stacked, and sends all of them to every user. Weights don't count."""
+    """Stacks all users' generalists, and sends all of them to every user. Weights don't count."""
 
     def __init__(self, generalists: Message, hyper: dict[str, float] | None = None):
         super().__init__(self.merge([generalists], [1]), hyper)
@@ -105,12 +110,13 @@ class PCLServer(Server):
     def merge(self, messages: list[Message], weights: list[float]) -> Message:
         stacked = {}
         for name in messages[0]:
-            stacked[name] = torch.stack([message[name].detach() for message in messages])  # (users, ...)
+            tensors = [message[name].detach() for message in messages]
+            stacked[name] = torch.stack(tensors)  # (users, ...)
         return stacked
 
 
 class PCLUser(JudgingUser):
-    """θ_i = Σ_j w_ij θ_j, with w_ij = softmax_j(−perplexity of θ_j on some validation text of user i).
+    """θ_i = Σ_j w_ij θ_j, with w_ij = softmax_j(−perplexity of θ_j on user i's validation text).
 
     Everything is computed on the device. The price is that users see each other's generalists.
     """
@@ -131,12 +137,13 @@ class PCLUser(JudgingUser):
         super().set_generalists(average(candidates, trust.tolist()))
 
 
-# --- HetLoRA and FlexLoRA: adapters of different ranks ---------------------------------------------
+# --- HetLoRA and FlexLoRA: adapters of different ranks ---
 
 
 def adapters_in(message: Message) -> list[str]:
-    """The names of the adapters in a message: each has a lora_A (r, n_in) and a lora_B (n_out, r)."""
-    return [name.removesuffix(".lora_A") for name in message if name.endswith(".lora_A")]
+    """Names of the adapters in a message. Each has a lora_A (r, n_in) and a lora_B (n_out, r)."""
+    A = ".lora_A"
+    return [name.removesuffix(A) for name in message if name.endswith(A)]
 
 
 def fit(matrix: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -149,17 +156,18 @@ def fit(matrix: Tensor, shape: tuple[int, int]) -> Tensor:
 def hetlora_average(messages: list[Message], weights: list[float]) -> Message:
     """HetLoRA's sparsity-weighted average (Cho et al. 2024, section 3), for each adapter by itself:
 
-        Ā = Σ_i p_i pad(A_i),  B̄ = Σ_i p_i pad(B_i),  p_i = w_i ‖B_i A_i‖ / Σ_j w_j ‖B_j A_j‖  (Frobenius norms)
+        Ā = Σ_i p_i pad(A_i),    B̄ = Σ_i p_i pad(B_i),    p_i = w_i ‖B_i A_i‖ / Σ_j w_j ‖B_j A_j‖
     """
     means = {}
     for adapter in dict.fromkeys(name for message in messages for name in adapters_in(message)):
         A_name = f"{adapter}.lora_A"
         B_name = f"{adapter}.lora_B"
-        held = [(message, weight) for message, weight in zip(messages, weights, strict=True) if A_name in message]
-        rank = max(len(message[A_name]) for message, _ in held)
+        rank = max(len(message[A_name]) for message in messages if A_name in message)
         padded = []
         p = []
-        for message, weight in held:
+        for message, weight in zip(messages, weights, strict=True):
+            if A_name not in message:
+                continue
             A = message[A_name]
             B = message[B_name]
             padded.append({A_name: fit(A, (rank, A.shape[1])), B_name: fit(B, (len(B), rank))})
@@ -169,7 +177,10 @@ def hetlora_average(messages: list[Message], weights: list[float]) -> Message:
 
 
 class HetLoRAServer(Server):
-    """Averages zero-padded factors, and cuts them to each user's ranks. The scales α/√r don't count, as in its paper."""
+    """Averages zero-padded factors, and cuts them to each user's ranks.
+
+    The scales α/√r don't count, as in its paper.
+    """
 
     def merge(self, messages: list[Message], weights: list[float]) -> Message:
         """Ranks above those of all messages keep their values."""
@@ -196,7 +207,7 @@ def adapters_of(model: GPT) -> list[LoRAAdapter]:
 
 
 def tail_norm(model: GPT, gamma: float) -> Tensor:
-    """Σ ‖B[:, γr:]‖ ‖A[γr:, :]‖ over the model's adapters: the size of the ranks that self-pruning would cut."""
+    """Σ ‖B[:, γr:]‖ ‖A[γr:, :]‖ over the adapters: the size of the ranks that pruning would cut."""
     norms = []
     for adapter in adapters_of(model):
         rank = kept_rank(len(adapter.lora_A), gamma)
@@ -213,7 +224,7 @@ class HetLoRALevel(Level):
 
 
 class HetLoRAUser(User):
-    """Self-pruning: if the tail is smaller after a round's work than before it, it is cut off for good."""
+    """Self-pruning: if the tail is smaller after a round than before it, it is cut off for good."""
 
     def local_update(self, rhythm: Rhythm) -> float:
         gamma = self.hyper["gamma"]
@@ -240,10 +251,12 @@ class HetLoRAUser(User):
 
 
 def flexlora_average(messages: list[Message], weights: list[float]) -> Message:
-    """FlexLoRA's average of products (Bai et al. 2024, section 3): W = Σ_i w_i s_i B_i A_i / Σ_i w_i = U Σ Vᵀ.
+    """FlexLoRA's average of products (Bai et al. 2024, section 3).
 
-    It is kept as B = U Σ and A = Vᵀ: their first r columns and rows are the best approximation of
-    rank r. s_i = α/√r_i is the scale in user i's model.
+        W = Σ_i w_i s_i B_i A_i / Σ_i w_i = U Σ Vᵀ
+
+    s_i = α/√r_i is the scale in user i's model. The server keeps W as B = U Σ and A = Vᵀ. Their
+    first r columns and rows are the best approximation of rank r.
     """
     products = []
     for message in messages:
@@ -264,8 +277,8 @@ def flexlora_average(messages: list[Message], weights: list[float]) -> Message:
 class FlexLoRAServer(HetLoRAServer):
     """Averages products, and sends each user their best approximation of its rank.
 
-    Users keep their optimizers' moments, as in all methods, although each round's factors have a new
-    basis.
+    Users keep their optimizers' moments, as in all methods, although the factors of each round
+    have a new basis.
     """
 
     def merge(self, messages: list[Message], weights: list[float]) -> Message:

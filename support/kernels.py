@@ -20,7 +20,7 @@ def has_attention_for(q: Tensor) -> bool:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √D) v, in which the last of T queries sees all S keys, and each one before it one less.
+    """softmax(q kᵀ / √D) v. The last of T queries sees all S keys, each one before it one less.
 
     q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
     """
@@ -29,16 +29,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q = q.reshape(B * K, H // K * T, D)  # the heads that share keys, one after the other
     k = k.reshape(B * K, S, D)
     v = v.reshape(B * K, S, D)
-    hidden_keys = torch.full((T, S), -torch.inf, dtype=q.dtype).triu(S - T + 1)  # 0 where a key is seen
-    bias = hidden_keys.repeat(H // K, 1)  # (H/K·T, S)
+    bias = torch.full((T, S), -torch.inf, dtype=q.dtype).triu(S - T + 1)  # 0 where a key is seen
+    bias = bias.repeat(H // K, 1)  # (H/K·T, S)
     scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=D**-0.5)  # (B·K, H/K·T, S)
     return torch.bmm(scores.softmax(-1), v).view(B, H, T, D)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of the logits `hidden @ weight.T`, of which it holds a chunk at a time.
+    """Mean cross-entropy in nats of the logits `hidden @ weight.T`.
 
-    hidden (N, C), weight (V, C), targets (N,) -> scalar. It has no second derivatives.
+    hidden (N, C), weight (V, C), targets (N,) -> scalar. It holds one chunk of the logits at a
+    time, and has no second derivatives.
     """
     return LinearCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
 

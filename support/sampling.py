@@ -34,7 +34,7 @@ class LayerCache:
 
 
 class KVCache:
-    """The keys and values of a text, so that a new token is computed without reading the text again."""
+    """The keys and values of a text, so that a new token doesn't read the text again."""
 
     def __init__(self, n_layer: int):
         self.layers = [LayerCache() for _ in range(n_layer)]
@@ -53,15 +53,15 @@ def generate(model: GPT, idx: Tensor, n: int, **options) -> Tensor:
 
 @torch.no_grad()
 def stream(model: GPT, idx: Tensor, n: int, temperature: float = 1.0, top_k: int | None = None,
-           generator: torch.Generator | None = None, cache: bool = True, vocabulary: int | None = None,
-           fixed_gates: Tensor | None = None) -> Iterator[Tensor]:
+           generator: torch.Generator | None = None, cache: bool = True,
+           vocabulary: int | None = None, fixed_gates: Tensor | None = None) -> Iterator[Tensor]:
     """Sample n tokens that follow idx (B, T), and yield each, (B, 1).
 
     temperature: 0 picks the likeliest token. top_k: sample from this many of the likeliest tokens.
     vocabulary: the tokenizer's number of tokens, if the model has more. fixed_gates: as in GPT.
 
-    The model sees the whole text until that is longer than block_size. Then the beginning of what it
-    sees moves forward by half a block, and keys and values are computed again from there.
+    The model sees the whole text until that is longer than block_size. Then the beginning of what
+    it sees moves forward by half a block, and keys and values are computed again from there.
     """
     block_size = model.config.block_size
     half = (block_size + 1) // 2
@@ -81,7 +81,8 @@ def stream(model: GPT, idx: Tensor, n: int, temperature: float = 1.0, top_k: int
         yield unread
 
 
-def sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+def sample(logits: Tensor, temperature: float, top_k: int | None,
+           generator: torch.Generator | None) -> Tensor:
     """One token for each row of logits: (B, V) -> (B, 1)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)

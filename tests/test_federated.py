@@ -74,9 +74,9 @@ def test_only_generalists_cross_between_users_and_a_guarded_server_and_their_byt
 def test_users_take_the_servers_generalists_and_keep_the_bits_of_their_specialists_and_routers():
     """A message is counted; one that is only adopted, to be looked at, isn't."""
     server, users = federation()
-    for user, take in zip(users, (User.receive, User.adopt, User.receive), strict=True):
+    for user, take in zip(users, (User.download, User.set_generalists, User.download), strict=True):
         own = bits(user, SPECIALIST, ROUTER)
-        take(user, server.give(user.shared))
+        take(user, server.broadcast(user.shared))
         assert same(user.model.having(GENERALIST), server.generalists)
         assert same(own, user.model.having(SPECIALIST, ROUTER))
     size = sum(8 * parameter.numel() for parameter in users[0].model.having(GENERALIST).values())
@@ -87,12 +87,12 @@ def test_the_average_is_over_those_who_answer_and_the_others_take_it_when_they_a
     """And where nobody answers, it stays."""
     server, users = federation()
     before, away = {name: tensor.clone() for name, tensor in server.generalists.items()}, bits(users[2])
-    play(server, users[:2], rounds=1, lost=users)
+    play(server, users[:2], rounds=1, dropped=users)
     assert same(before, server.generalists)
-    play(server, users[:2], rounds=1, lost=users[:1])  # the third isn't called
+    play(server, users[:2], rounds=1, dropped=users[:1])  # the third isn't called
     assert same(users[1].model.having(GENERALIST), server.generalists)
     assert [user.bytes_up > 0 for user in users] == [False, True, False]
     assert same(away, bits(users[2]))
-    users[2].learn = lambda rhythm: 0.0
-    federated_round(server, users[2:], Rhythm(1, 1, 1), lost=users[2:])
+    users[2].local_update = lambda rhythm: 0.0
+    federated_round(server, users[2:], Rhythm(1, 1, 1), dropped=users[2:])
     assert same(users[2].model.having(GENERALIST), server.generalists)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import BACKBONE, GPT, ChangedLinear, GPTConfig
+from model import BACKBONE, GPT, GPTConfig, LoRALinear
 from support import kernels
 from tiny import LLAMA, Watched, as_in, seeded, tiny
 
@@ -38,22 +38,22 @@ def test_attention_is_the_softmax_of_its_definition_in_output_and_all_gradients(
 @pytest.mark.parametrize("rows", [1, 4, 100])
 @pytest.mark.parametrize("learning", [(True, True), (True, False), (False, True)])
 def test_the_chunked_loss_equals_the_plain_one_whatever_learns_and_however_it_is_scaled(learning, rows, monkeypatch):
-    monkeypatch.setattr(kernels, "LOGITS", rows * 11)
+    monkeypatch.setattr(kernels, "CHUNK", rows * 11)
     hidden, weight = (torch.randn(n, 8, dtype=torch.float64, generator=seeded(n)) for n in (10, 11))
     hidden[0] *= 1000  # logits too large for exp
     hidden, weight = (tensor.requires_grad_(learns) for tensor, learns in zip((hidden, weight), learning, strict=True))
     targets = torch.randint(11, (10,), generator=seeded(0))
-    chunked, plain = kernels.head_loss(hidden, weight, targets), F.cross_entropy(hidden @ weight.T, targets)
+    chunked, plain = kernels.linear_cross_entropy(hidden, weight, targets), F.cross_entropy(hidden @ weight.T, targets)
     torch.testing.assert_close(chunked, plain, rtol=1e-12, atol=1e-12)
     inputs = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
     ours, oracle = (torch.autograd.grad(3 * loss, inputs) for loss in (chunked, plain))
     torch.testing.assert_close(ours, oracle, rtol=0, atol=1e-12)
     with torch.no_grad():
-        torch.testing.assert_close(kernels.head_loss(hidden, weight, targets), plain, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(kernels.linear_cross_entropy(hidden, weight, targets), plain, rtol=1e-12, atol=1e-12)
 
 
 def test_the_logits_of_all_positions_are_never_held_at_once(monkeypatch):
-    monkeypatch.setattr(kernels, "LOGITS", 4 * 500)
+    monkeypatch.setattr(kernels, "CHUNK", 4 * 500)
     model = GPT(GPTConfig(500, 16, 1, 2, 8, expert="lora"))
     with Watched() as watched:
         model(*torch.randint(500, (2, 4, 16)))[1].backward()
@@ -65,8 +65,8 @@ def test_the_frozen_block_is_applied_once_to_a_token_and_learns_nothing():
     model, rows = tiny(specialists=4, top_k=3, expert="lora", feed_forward="swiglu"), []
     for layer in model.blocks:
         block = layer.moe.experts.block
-        for matrix in (block.up, block.gate, block.down):
-            matrix.frozen = lambda x, matrix=matrix: rows.append(len(x)) or ChangedLinear.frozen(matrix, x)
+        for matrix in (block.up_proj, block.gate_proj, block.down_proj):
+            matrix.frozen = lambda x, matrix=matrix: rows.append(len(x)) or LoRALinear.frozen(matrix, x)
     learned(model)
     assert rows == [3 * 6] * 6
     assert all((p.grad is None) == (model.roles[name] == BACKBONE) for name, p in model.named_parameters())

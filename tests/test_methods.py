@@ -7,11 +7,12 @@ from functools import partial
 import pytest
 import torch
 
-import methods
+import rivals
 from bilevel import Level, Rhythm
 from federated import User, federated_round, size_of
-from methods import METHODS, balance, changes, flexlora_average, hetlora_average, kept
+from methods import METHODS
 from model import BACKBONE, GENERALIST, ROUTER, SPECIALIST, Routing
+from rivals import adapters_of, flexlora_average, hetlora_average, kept_rank, load_balancing_loss
 from support.errors import BadInput
 from support.runs.settings import Settings
 from support.server.guard import Guard
@@ -21,7 +22,7 @@ lora_user = partial(tiny_user, expert="lora", lora_rank=4)
 
 
 def change(A: list, B: list) -> dict:
-    return {"up.A": torch.tensor(A), "up.B": torch.tensor(B)}
+    return {"up.lora_A": torch.tensor(A), "up.lora_B": torch.tensor(B)}
 
 
 def random_change(rank: int, seed: int, pair: str = "up") -> dict:
@@ -31,17 +32,17 @@ def random_change(rank: int, seed: int, pair: str = "up") -> dict:
 
 
 def product(message: dict, pair: str = "up", alpha: float = 16) -> torch.Tensor:
-    A, B = message[f"{pair}.A"], message[f"{pair}.B"]
+    A, B = message[f"{pair}.lora_A"], message[f"{pair}.lora_B"]
     return alpha / math.sqrt(len(A)) * B @ A
 
 
 def test_hetlora_average_worked_by_hand():
     """Ranks 1 and 2. BA = [[3, 0], [4, 0]] has the norm 5, BA = diag(9, 12) the norm 15: weights 1/4 and 3/4."""
     means = hetlora_average([change([[1.0, 0]], [[3.0], [4]]), change([[1.0, 0], [0, 1]], [[9.0, 0], [0, 12]])], [1, 1])
-    assert torch.allclose(means["up.A"], torch.tensor([[1.0, 0], [0, 0.75]]))
-    assert torch.allclose(means["up.B"], torch.tensor([[7.5, 0], [1, 9]]))
+    assert torch.allclose(means["up.lora_A"], torch.tensor([[1.0, 0], [0, 0.75]]))
+    assert torch.allclose(means["up.lora_B"], torch.tensor([[7.5, 0], [1, 9]]))
     tokens = hetlora_average([change([[1.0]], [[2.0]]), change([[1.0]], [[1.0]])], [1, 2])  # norms 2 and 1
-    assert tokens["up.B"].item() == pytest.approx(1.5)
+    assert tokens["up.lora_B"].item() == pytest.approx(1.5)
     zero = change([[1.0, 2]], [[0.0], [0]])
     assert same(zero, hetlora_average([zero, zero], [1, 1]))
 
@@ -50,7 +51,7 @@ def test_hetlora_average_worked_by_hand():
 def test_changes_that_only_some_users_have_are_averaged_over_those(merge):
     extra = random_change(2, 2, "extra")
     means = merge([random_change(2, 0), random_change(2, 1) | extra], [1, 1])
-    alpha = 16 if merge is hetlora_average else math.sqrt(len(means["extra.A"]))  # the scale is in FlexLoRA's product
+    alpha = 16 if merge is hetlora_average else math.sqrt(len(means["extra.lora_A"]))  # the scale is in FlexLoRA's product
     assert torch.allclose(product(means, "extra", alpha), product(extra, "extra"))
 
 
@@ -58,11 +59,11 @@ def test_hetlora_gives_the_ranks_one_has_a_place_for_and_keeps_those_of_users_wh
     before, small = random_change(4, 0), random_change(2, 1)
     server = METHODS["hetlora"].server(before)
     server.generalists |= server.merge([small], [1])
-    A = torch.cat([small["up.A"], before["up.A"][2:], torch.zeros(1, 5)])
-    B = torch.cat([small["up.B"], before["up.B"][:, 2:], torch.zeros(7, 1)], 1)
+    A = torch.cat([small["up.lora_A"], before["up.lora_A"][2:], torch.zeros(1, 5)])
+    B = torch.cat([small["up.lora_B"], before["up.lora_B"][:, 2:], torch.zeros(7, 1)], 1)
     for rank in (1, 3, 5):
-        given = server.give({"up.A": torch.Size((rank, 5)), "up.B": torch.Size((7, rank))})
-        torch.testing.assert_close(given, {"up.A": A[:rank], "up.B": B[:, :rank]})
+        given = server.broadcast({"up.lora_A": torch.Size((rank, 5)), "up.lora_B": torch.Size((7, rank))})
+        torch.testing.assert_close(given, {"up.lora_A": A[:rank], "up.lora_B": B[:, :rank]})
 
 
 def test_flexlora_gives_each_rank_the_best_change_of_that_rank():
@@ -73,7 +74,7 @@ def test_flexlora_gives_each_rank_the_best_change_of_that_rank():
     server.generalists = server.merge(answers, weights)
     _, vectors = torch.linalg.eigh(W @ W.T)  # ascending
     for rank, answer in zip((1, 2, 4), answers, strict=True):
-        given = server.give({name: tensor.shape for name, tensor in answer.items()})
+        given = server.broadcast({name: tensor.shape for name, tensor in answer.items()})
         assert all(tensor.shape == answer[name].shape for name, tensor in given.items())
         assert torch.allclose(product(given), vectors[:, -rank:] @ vectors[:, -rank:].T @ W)
 
@@ -86,11 +87,11 @@ def test_pcl_mixes_by_the_softmax_of_minus_perplexity_worked_by_hand(monkeypatch
         number, = {p.mean().item() for p in model.having(GENERALIST).values()}
         return losses[number], None
 
-    monkeypatch.setattr(methods, "evaluate", evaluate)
+    monkeypatch.setattr(rivals, "evaluate", evaluate)
     answers = [{name: torch.full(shape, number) for name, shape in user.shared.items()} for number in losses]
     server = METHODS["pcl"].server(answers[0])
     server.generalists = server.merge(answers, [1, 1, 1])
-    user.receive(server.give(user.shared))
+    user.download(server.broadcast(user.shared))
     mixed = (4 * 1 + 2 * 3 + 1 * 5) / 7
     assert all(torch.allclose(p, torch.full_like(p, mixed)) for p in user.model.having(GENERALIST).values())
     assert user.bytes_down == 3 * size_of(answers[0])  # all three models, and nothing more
@@ -108,8 +109,8 @@ def test_where_methods_fall_together(one, two, config, equal):
         users = [lora_user(method, **{"seed": seed} | config) for seed in (0, 1)]
         for user in users:
             user.model.load_state_dict(lora_user(two, **config).model.state_dict(), strict=False)
-        server = METHODS[method].server(users[0].answer(), METHODS[method].hyper)
-        users[1].adopt(play(server, users).give(users[1].shared))
+        server = METHODS[method].server(users[0].upload(), METHODS[method].hyper)
+        users[1].set_generalists(play(server, users).broadcast(users[1].shared))
         ends.append(users[1].model.having(GENERALIST))
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.allclose(p, ends[1][name]) for name, p in ends[0].items()) == equal
@@ -140,11 +141,11 @@ def test_what_each_method_sends_and_that_all_its_bytes_are_counted(method):
     play(Guard(METHODS[method].server(users[0].model.having(GENERALIST), METHODS[method].hyper)), users)
     for user in users:
         assert {name.rpartition(".")[2] for name in user.shared} == factors
-        assert any(".changes.1." in name for name in user.shared) == both  # the specialist of the paper's model
-        assert any(".changes.0." in name for name in user.shared) == bool(factors)
+        assert any(".adapters.1." in name for name in user.shared) == both  # the specialist of the paper's model
+        assert any(".adapters.0." in name for name in user.shared) == bool(factors)
         assert any("attention" in name for name in user.shared) == bool(factors)
         assert (user.bytes_up > 0, user.bytes_down > 0) == (bool(factors), bool(factors))
-        assert any(name.endswith(".A") for name in user.model.having(BACKBONE)) == (method == "ffa-lora")
+        assert any(name.endswith(".lora_A") for name in user.model.having(BACKBONE)) == (method == "ffa-lora")
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
@@ -165,7 +166,7 @@ def test_the_balancing_loss_worked_by_hand():
     1/2, 1/4, 1/4 and 1/4, 1/4, 1/2: P = 3/8, 1/4, 3/8. E Σ f P = 3 (12 + 4 + 6) / 64."""
     scores = torch.tensor([[2.0, 1, 1], [1, 1, 2]]).log()
     routing = Routing(torch.full((2, 2), 0.5), torch.tensor([[0, 1], [0, 2]]), scores)
-    assert balance(routing).item() == pytest.approx(3 * 22 / 64)
+    assert load_balancing_loss(routing).item() == pytest.approx(3 * 22 / 64)
 
 
 def test_a_hundredth_of_the_layers_balancing_losses_stands_beside_the_loss_which_alone_is_reported():
@@ -175,7 +176,7 @@ def test_a_hundredth_of_the_layers_balancing_losses_stands_beside_the_loss_which
         block.moe_norm.register_forward_hook(lambda module, inputs, output: seen.append(output.flatten(0, 1)))
     loss, extra = user.lower.losses(user.model, *batch)
     routings = [block.moe.router(normed) for block, normed in zip(user.model.blocks, seen, strict=True)]
-    assert extra.item() == pytest.approx(0.01 * sum(balance(routing).item() for routing in routings))
+    assert extra.item() == pytest.approx(0.01 * sum(load_balancing_loss(routing).item() for routing in routings))
     assert user.lower.step(user.model).item() == loss.item() == lora_user(specialists=2).model(*batch)[1].item()
 
 
@@ -227,21 +228,21 @@ def test_fdlora_fuses_with_the_weight_of_least_loss():
     user = lora_user("fdlora", specialists=2, generalists=2)
     for _ in range(20):
         user.lower.step(user.model)
-    user.settle()
+    user.before_evaluation()
     grid = [[w / 20, w / 20, (10 - w) / 20, (10 - w) / 20] for w in range(11)]
     losses = [user.model(*next(user.judge()), torch.tensor([gates] * 2))[1].item() for gates in grid]
-    assert user.gates.tolist() == [pytest.approx(grid[losses.index(min(losses))])] * 2
+    assert user.fixed_gates.tolist() == [pytest.approx(grid[losses.index(min(losses))])] * 2
     assert min(losses) < losses[5]
 
 
 def test_hetloras_tail_stands_beside_the_loss_worked_by_hand():
     """Ranks 2, of which the second would go: 2 · 6 changes with ‖A[1]‖ = 5 and ‖B[:, 1]‖ = 2, and λ = 0.01."""
-    assert [kept(rank, 0.99) for rank in (1, 2, 8, 200)] == [1, 1, 7, 198]
+    assert [kept_rank(rank, 0.99) for rank in (1, 2, 8, 200)] == [1, 1, 7, 198]
     user, batch = lora_user("hetlora", lora_rank=2), next(Batches(0))
     with torch.no_grad():
-        for low in changes(user.model):
-            low.A[1] = torch.tensor([3.0, 4] + [0] * (low.A.shape[1] - 2))
-            low.B[:, 1] = torch.tensor([2.0] + [0] * (len(low.B) - 1))
+        for low in adapters_of(user.model):
+            low.lora_A[1] = torch.tensor([3.0, 4] + [0] * (low.lora_A.shape[1] - 2))
+            low.lora_B[:, 1] = torch.tensor([2.0] + [0] * (len(low.lora_B) - 1))
     loss, extra = user.lower.losses(user.model, *batch)
     assert (loss.item(), extra.item()) == (user.model(*batch)[1].item(), pytest.approx(0.01 * 12 * 5 * 2))
 
@@ -253,15 +254,15 @@ def test_a_rank_is_pruned_for_good_where_its_tail_shrinks(factor, rank, monkeypa
 
     def learn(user, rhythm):
         user.lower.step(user.model)
-        for low in changes(user.model):
-            low.A.data[kept(len(low.A), 0.99):] *= factor
-            for p, cut in ((low.A, slice(rank)), (low.B, (slice(None), slice(rank)))):
+        for low in adapters_of(user.model):
+            low.lora_A.data[kept_rank(len(low.lora_A), 0.99):] *= factor
+            for p, cut in ((low.lora_A, slice(rank)), (low.lora_B, (slice(None), slice(rank)))):
                 state = user.lower.optimizer.state[p]
                 held[user, p] = [tensor[cut].clone() for tensor in (p.detach(), state["exp_avg"], state["exp_avg_sq"])]
         return 0.0
 
     monkeypatch.setattr(User, "learn", learn)
-    server = play(METHODS["hetlora"].server(users[0].answer()), users, rounds=1)
+    server = play(METHODS["hetlora"].server(users[0].upload()), users, rounds=1)
     monkeypatch.undo()
     assert all(shape["AB".index(name[-1])] == rank for user in users for name, shape in user.shared.items())
     for (user, p), expected in held.items():

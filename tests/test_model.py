@@ -17,9 +17,8 @@ from model import (
     GPTConfig,
     MoE,
     Routing,
-    by_expert,
     dense_gates,
-    turns,
+    rope_cache,
 )
 from support.sampling import generate
 from tiny import LLAMA, SHAPE, Watched, as_in, seeded, tiny
@@ -33,15 +32,15 @@ def experts_of(moe: MoE) -> list:
 
     def expert(e: int):
         def changed(matrix, x):
-            low = matrix.changes[e]
-            return F.linear(x, matrix.weight + 16 / math.sqrt(len(low.A)) * low.B @ low.A, matrix.bias)
-        return lambda x: changed(block.down, block.activated(*(changed(matrix, x) for matrix in block.into)))
+            low = matrix.adapters[e]
+            return F.linear(x, matrix.weight + 16 / math.sqrt(len(low.lora_A)) * low.lora_B @ low.lora_A, matrix.bias)
+        return lambda x: changed(block.down_proj, block.activation(*(changed(matrix, x) for matrix in block.input_projections)))
     return [expert(e) for e in range(moe.n_experts)]
 
 
 def dense_mixture(moe: MoE, x: torch.Tensor) -> torch.Tensor:
     """The oracle: every expert on every token, with gates written out from their definition."""
-    scores = x @ moe.router.scores.weight.T  # (B, T, E)
+    scores = x @ moe.router.linear.weight.T  # (B, T, E)
     threshold = scores.sort(descending=True).values[..., moe.router.top_k - 1, None]
     weights = scores.exp() * (scores >= threshold)
     gates = weights / weights.sum(-1, keepdim=True)
@@ -69,15 +68,15 @@ def test_only_chosen_experts_compute_and_one_without_tokens_changes_and_learns_n
     """The experts together see each token k times."""
     moe = tiny(specialists=3, top_k=top_k, expert=expert).blocks[0].moe
     with torch.no_grad():
-        moe.router.scores.weight[2] = -100.0  # for positive inputs: never chosen
+        moe.router.linear.weight[2] = -100.0  # for positive inputs: never chosen
     x = torch.rand(2, 5, 8, dtype=torch.float64, generator=seeded(1))
     with Watched() as watched:
         y, routing = moe(x)
     assert watched.rows == top_k * 2 * 5
-    assert 2 not in routing.chosen
+    assert 2 not in routing.selected
     torch.testing.assert_close(y, dense_mixture(moe, x), rtol=0, atol=1e-10)
     y.sum().backward()
-    own = "experts.2." if expert == "mlp" else "changes.2."
+    own = "experts.2." if expert == "mlp" else "adapters.2."
     idle = [parameter for name, parameter in moe.named_parameters() if own in name]
     assert all(not parameter.grad.any() for parameter in idle)
     assert len(idle) == 4
@@ -94,7 +93,7 @@ def test_by_expert_and_dense_gates_of_their_docstrings():
 def test_gates_are_a_softmax_over_the_chosen_scores_worked_by_hand():
     router = tiny(specialists=2, top_k=2).blocks[0].moe.router
     with torch.no_grad():
-        router.scores.weight.zero_()[:, 0] = torch.tensor([1.0, 3.0, 2.0])
+        router.linear.weight.zero_()[:, 0] = torch.tensor([1.0, 3.0, 2.0])
     gates, chosen, _ = router(torch.eye(8, dtype=torch.float64)[:1])
     assert chosen.tolist() == [[1, 2]]
     assert gates[0].tolist() == pytest.approx([math.e / (1 + math.e), 1 / (1 + math.e)])
@@ -128,7 +127,7 @@ def test_of_models_from_scratch_everything_is_generalist_but_later_experts_and_r
     model = tiny(generalists=2, specialists=2)
     by_role = {role: set(model.having(role)) for role in ROLES}
     assert by_role[SPECIALIST] == {name for name in model.roles if re.search("experts.[23]", name)}
-    assert by_role[ROUTER] == {f"blocks.{layer}.moe.router.scores.weight" for layer in range(2)}
+    assert by_role[ROUTER] == {f"blocks.{layer}.moe.router.linear.weight" for layer in range(2)}
     assert by_role[BACKBONE] == set()
 
 
@@ -136,10 +135,10 @@ def test_of_low_rank_models_everything_is_backbone_but_changes_and_routers():
     """Attention's two changes are generalists, as are the first expert's. Only the backbone doesn't learn."""
     model = tiny(specialists=2, expert="lora")
     by_role = {role: set(model.having(role)) for role in ROLES}
-    pairs = [f"blocks.{i}.attention.{part}.changes.0" for i in range(2) for part in ("qkv", "out")]
-    pairs += [f"blocks.{i}.moe.experts.block.{part}.changes.0" for i in range(2) for part in ("up", "down")]
+    pairs = [f"blocks.{i}.attention.{part}.adapters.0" for i in range(2) for part in ("qkv", "out")]
+    pairs += [f"blocks.{i}.moe.experts.block.{part}.adapters.0" for i in range(2) for part in ("up", "down")]
     assert by_role[GENERALIST] == {f"{pair}.{factor}" for pair in pairs for factor in "AB"}
-    assert by_role[SPECIALIST] == {name for name in model.roles if re.search("changes.[12]", name)}
+    assert by_role[SPECIALIST] == {name for name in model.roles if re.search("adapters.[12]", name)}
     assert by_role[ROUTER] == {name for name in model.roles if ".router." in name}
     assert by_role[BACKBONE] == {name for name, p in model.named_parameters() if not p.requires_grad}
 
@@ -150,7 +149,7 @@ def test_a_method_can_give_a_role_or_a_factor_another_role_and_nothing_may_be_wi
     first, second = (swapped.roles[f"blocks.0.moe.experts.{e}.up.weight"] for e in (0, 1))
     assert [first, second] == swapped.config.expert_roles == [SPECIALIST, GENERALIST]
     model = tiny(expert="lora", roles={GENERALIST: SPECIALIST, "A": BACKBONE})
-    assert all(model.roles[name] == (BACKBONE if name.endswith(".A") else SPECIALIST)
+    assert all(model.roles[name] == (BACKBONE if name.endswith(".lora_A") else SPECIALIST)
                for name in model.roles if ".change" in name)
 
     class Forgetful(GPT):
@@ -174,7 +173,7 @@ def test_a_generator_decides_the_initial_weights_and_the_global_seed_is_left_alo
     one, two, other = (GPT(GPTConfig(**SHAPE), seeded(seed)) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    assert not torch.equal(one.tokens.weight, other.tokens.weight)
+    assert not torch.equal(one.token_embedding.weight, other.token_embedding.weight)
 
 
 @pytest.mark.parametrize("expert", ["mlp", "lora"])
@@ -184,11 +183,11 @@ def test_the_start_is_gpt2s(expert):
     for name, parameter in model.named_parameters():
         if "norm" in name:
             assert (parameter == float("weight" in name)).all()
-        elif parameter.ndim == 1 or name.endswith(".B"):
+        elif parameter.ndim == 1 or name.endswith(".lora_B"):
             assert not parameter.any()
         else:
-            expected = 0.01 if name.endswith(("out.weight", "down.weight")) else 0.02
-            if name.endswith(".A"):  # uniform within ±1/√n_in
+            expected = 0.01 if name.endswith(("out_proj.weight", "down_proj.weight")) else 0.02
+            if name.endswith(".lora_A"):  # uniform within ±1/√n_in
                 expected = (3 * parameter.shape[1]) ** -0.5
             assert parameter.std().item() == pytest.approx(expected, rel=0.1), name
 
@@ -217,9 +216,9 @@ def test_rotary_positions_tell_how_far_tokens_are_apart_and_not_where():
     model, idx = tiny(block_size=40, **LLAMA), torch.randint(11, (1, 6), generator=seeded(0))
     hidden = []
     for before in (0, 30):
-        x = model.tokens(idx)
+        x = model.token_embedding(idx)
         for block in model.blocks:
-            x, _ = block(x, turn=turns(model.config, torch.arange(before, before + 6)))
+            x, _ = block(x, rope=rope_cache(model.config, torch.arange(before, before + 6)))
         hidden.append(x)
     torch.testing.assert_close(*hidden, rtol=1e-4, atol=1e-5)  # angles are in float32
     two = [tiny(**LLAMA | {"n_layer": 1}).trunk(torch.tensor([order]))[0][0, -1] for order in ([1, 2, 3], [2, 1, 3])]
@@ -244,11 +243,11 @@ def test_tokens_behind_a_past_one_or_several_are_computed_as_in_the_whole_text(s
 def test_a_token_sees_the_text_from_the_first_half_window_on_from_which_it_fits(window, prompt, cache, gates):
     """Independently: halves of a window are counted from the text's beginning, and rounded up."""
     model, text = tiny(block_size=window), torch.randint(11, (2, prompt), generator=seeded(0))
-    ours = generate(model, text, 30, temperature=0.8, generator=seeded(1), cache=cache, gates=gates)
+    ours = generate(model, text, 30, temperature=0.8, generator=seeded(1), cache=cache, fixed_gates=gates)
     generator, half = seeded(1), math.ceil(window / 2)
     for length in range(prompt, prompt + 30):
         start = next(start for start in range(0, length, half) if length - start <= window)
-        probabilities = (model(text[:, start:], gates=gates)[0][:, -1].float() / 0.8).softmax(-1)
+        probabilities = (model(text[:, start:], fixed_gates=gates)[0][:, -1].float() / 0.8).softmax(-1)
         text = torch.cat([text, torch.multinomial(probabilities, 1, generator=generator)], 1)
     assert torch.equal(ours, text)
 

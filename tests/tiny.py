@@ -9,6 +9,7 @@ from bilevel import Rhythm, constant
 from federated import Message, Server, User, federated_round, size_of
 from methods import METHODS
 from model import BACKBONE, GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfig
+from rivals import JudgingUser
 
 SHAPE = dict(vocab_size=11, block_size=6, n_layer=2, n_head=2, n_embd=8)
 LLAMA = dict(n_kv_head=1, n_hidden=12, feed_forward="swiglu", norm="rms", rotary_base=100.0, rotary_factors=[1.0, 2.0],
@@ -59,8 +60,10 @@ def tiny_user(method: str = "comigs", seed: int = 0, schedule=constant, **config
     lower = row.level(model.having(GENERALIST, SPECIALIST), Batches(seed), 1e-2, 0.1, schedule, row.hyper)
     router = model.having(ROUTER)
     upper = row.router_level(router, Batches(seed + 100), 1e-2, 0.0, constant, row.hyper) if router else None
-    return row.user(f"user{seed}", model, lower, upper, judge=lambda: iter([next(Batches(seed + 200))]),
-                    hyper=row.hyper)
+    user = row.user(f"user{seed}", model, lower, upper, hyper=row.hyper)
+    if isinstance(user, JudgingUser):
+        user.validation_windows = lambda: iter([next(Batches(seed + 200))])
+    return user
 
 
 class Watched(TorchDispatchMode):
@@ -96,13 +99,13 @@ class Wire:
     def __init__(self, server: Server):
         self.server, self.down, self.up = server, [], {}
 
-    def give(self, shapes: dict[str, torch.Size]) -> Message:
-        self.down.append(self.server.give(shapes))
+    def broadcast(self, shapes: dict[str, torch.Size]) -> Message:
+        self.down.append(self.server.broadcast(shapes))
         return self.down[-1]
 
-    def take(self, answers: dict[User, Message]) -> int:
+    def aggregate(self, answers: dict[User, Message]) -> int:
         self.up = answers
-        return self.server.take({Stranger(user.name, user.weight, user.shared): answer
+        return self.server.aggregate({Stranger(user.name, user.weight, user.shared): answer
                                  for user, answer in answers.items()})
 
 
@@ -110,13 +113,13 @@ def memory(tensors) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
-def play(server: Server, users: list[User], rounds: int = 2, lost=()) -> Server:
+def play(server: Server, users: list[User], rounds: int = 2, dropped=()) -> Server:
     """Some rounds, in which everything that crosses is generalists of the user's, in memory that no model uses, without
-    gradients, and counted. An answer is what the user's model holds; everyone answers who isn't lost."""
+    gradients, and counted. An answer is what the user's model holds; everyone answers who isn't dropped."""
     for _ in range(rounds):
         wire, before = Wire(server), [(user.bytes_down, user.bytes_up) for user in users]
-        federated_round(wire, users, Rhythm(3, 2, 1), lost)
-        assert wire.up.keys() == set(users) - set(lost)
+        federated_round(wire, users, Rhythm(local_steps=3, router_every=2, router_steps=1), dropped)
+        assert wire.up.keys() == set(users) - set(dropped)
         private = memory(parameter for user in users for parameter in user.model.parameters())
         for user, given, (down, up) in zip(users, wire.down, before, strict=True):
             answer, generalists = wire.up.get(user, {}), user.model.having(GENERALIST)
