@@ -21,30 +21,34 @@ def trigram_loss(train: np.ndarray, test: np.ndarray, vocab_size: int) -> float:
     for n in (1, 2, 3):
         known, counts = np.unique(ngrams(train, n, vocab_size), return_counts=True)
         histories, history_of = np.unique(known // vocab_size, return_inverse=True)
-        counts_of_history = np.bincount(history_of, weights=counts)
-        types_of_history = np.bincount(history_of)
+        history_counts = np.bincount(history_of, weights=counts)
+        history_types = np.bincount(history_of)
 
         tested = ngrams(test, n, vocab_size)
+        history = tested // vocab_size
         count_hw = lookup(tested, known, counts)
-        count_h = lookup(tested // vocab_size, histories, counts_of_history)
-        types_h = lookup(tested // vocab_size, histories, types_of_history)
+        count_h = lookup(history, histories, history_counts)
+        types_h = lookup(history, histories, history_types)
 
-        total = np.maximum(count_h + types_h, 1)  # 1: against a division by zero
+        total = np.maximum(count_h + types_h, 1)  # not 0, by which it is divided
         interpolated = (count_hw + types_h * p) / total
         p = np.where(count_h > 0, interpolated, p)
     return float(-np.log(p).mean())
 
 
 def ngrams(tokens: np.ndarray, n: int, vocab_size: int) -> np.ndarray:
-    """The n-gram that ends at each token but the first, as a number in base vocab_size:
-    (N,) -> (N - 1,). The first token is its own history.
+    """The n-grams that end at each token but the first, as numbers in base vocab_size:
+    (N,) -> (N - 1,). The token before the first is the first again.
 
     ngrams([3, 1, 4], n=2, vocab_size=10) -> [31, 14]
     """
-    padded = np.concatenate([tokens[:1], tokens]).astype(np.int64)
+    padded = np.concatenate([tokens[:1], tokens])
+    padded = padded.astype(np.int64)
     numbers = np.zeros(len(tokens) - 1, np.int64)
     for k in range(n):
-        numbers += padded[2 - k:len(padded) - k] * vocab_size ** k
+        start = 3 - n + k
+        part = padded[start:start + len(numbers)]
+        numbers = numbers * vocab_size + part
     return numbers
 
 
