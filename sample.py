@@ -60,7 +60,7 @@ class Opened:
     @cached_property
     def texts(self) -> dict[str, Text]:
         """Each user's text, by name. Raises BadInput where it has changed since the run."""
-        texts = data.load(self.settings, self.encoding)
+        texts = data.load(self.settings.data_config, self.encoding)
         if folder.described(texts) != folder.json_of(self.folder / "config.json")["texts"]:
             raise BadInput(f"`run` {self.folder}: its text, {self.settings.data}, has changed; restore it")
         return {text.name: text for text in texts}

@@ -131,7 +131,7 @@ class Run:
         self.settings, self.began = settings, time.perf_counter()
         check_device(settings.device)
         self.base = starting_point(settings)
-        self.texts = data.load(settings, self.base.encoding)
+        self.texts = data.load(settings.data_config, self.base.encoding)
         self.server, self.users = build(settings, self.base, self.texts)
         self.here = dict(zip(processes.own(list(range(called_of(settings)[0]))), self.users, strict=True))  # by number
         learners = self.users * len(self.texts) if METHODS[settings.method].pooled else self.users

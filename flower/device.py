@@ -33,7 +33,7 @@ from train import build_largest, build_own, rhythm_of
 def own(settings: Settings, number: int, text: str) -> Settings:
     """The settings by which user `number` reads its text."""
     several = {name: getattr(settings, name) for name, flag in flags(Settings).items() if flag.many}
-    return replace(settings, users=1, data=text, source=None, dp_noise=0.0, **{  # noise is the server's business
+    return replace(settings, users=1, data=text, dp_noise=0.0, **{  # noise is the server's business
         name: values and (values[number],) for name, values in several.items()})
 
 
@@ -48,7 +48,7 @@ class Device:
         if user not in names:
             raise Refusal(f"user {user}: not in this run; it has {', '.join(names)}")
         self.settings, self.state, self.base = settings, state, starting_point(settings)
-        self.text, = data.load(own(settings, names.index(user), text), self.base.encoding)
+        self.text, = data.load(own(settings, names.index(user), text).data_config, self.base.encoding)
         if self.text.name != user:
             raise Refusal(f"user {user}: the text on this device is another user's")
         self.common = build_largest(settings, self.base, "server")

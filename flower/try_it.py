@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from data import SPLITS, dealt, load
+import data
 from support.errors import BadInput
 from support.files import write_text
 from support.runs.folder import settings_of
@@ -54,13 +54,13 @@ def deal_out(settings: Settings, out: Path, secret: bool) -> list[str]:
     """Write each user's text to a folder of its own, as JSON lines. Returns the users' names. Raises BadInput."""
     from flower.server import check  # which needs Flower
     encoding = starting_point(settings).encoding
-    users = dealt(settings, encoding)
-    load(settings, encoding, users)  # refuses text that is too short
+    users = data.load_documents(settings.data_config, encoding)
+    data.encode_users(settings.data_config, users, encoding)  # refuses text that is too short
     check(settings, list(users), secret)
     if odd := [name for name in users if not re.fullmatch(r"\w[\w.-]*", name)]:
         raise BadInput(f"`data` {settings.data}: user {odd[0]} can't have that name here; use letters and digits")
     for name, documents in users.items():
-        lines = [{"user": name, "split": split, "text": text} for split in SPLITS for text in documents[split]]
+        lines = [{"user": name, "split": split, "text": text} for split in data.SPLITS for text in documents[split]]
         write_text(out / name / "text.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     return list(users)
 
@@ -102,7 +102,7 @@ def try_it(settings: Settings, secret: bool) -> None:
     if out.exists() and any(out.iterdir()):
         raise BadInput(f"`out` {out}: isn't empty; take another folder")
     names = deal_out(settings, out / "devices", secret)
-    flags = as_arguments(replace(settings, data="builtin", source=None, user_field=None, text_field=None, train_kb=None,
+    flags = as_arguments(replace(settings, data="builtin", user_field=None, text_field=None, train_kb=None,
                                  valid_kb=None, out=None))  # devices have their text, dealt as it is to be
     link, *own = free_ports(1 + len(names))
     keys, address = out / "keys", f"127.0.0.1:{link}"

@@ -59,7 +59,7 @@ def made(texts: list[data.Text], user: Learned) -> dict:
 def test_the_routing_shown_is_the_routing_used(how):
     """All gates, computed again from what each router reads, and the perplexity as routed and with their mean."""
     text, user, inputs = text_of(TEXT), user_of(**how), []
-    view, windows = made([text], user)["own"][0], list(data.ordered_windows(text.test, 8, B=1))
+    view, windows = made([text], user)["own"][0], list(data.ordered_windows(text.test, 8, batch_size=1))
     shown = np.frombuffer(base64.b64decode(view["gates"]), np.uint8).reshape(2, 40, view["experts"]) / 255
     for block in user.model.blocks:
         block.moe.register_forward_hook(lambda module, given, _: inputs.append(given[0][0]))

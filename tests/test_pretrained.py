@@ -196,7 +196,7 @@ def pretraining(monkeypatch):
     for i in range(36):
         text = words(i, 2500)
         documents.append(text.translate(letters) if i % 2 else text)
-    monkeypatch.setattr(data.corpora, "pretraining", lambda: iter(documents))
+    monkeypatch.setattr(data.sources, "pretraining_documents", lambda: iter(documents))
 
     def command(more: str = "") -> int:
         flags = ("--steps 60 --n-layer 2 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 "

@@ -89,7 +89,7 @@ def test_a_bases_loss_is_computed_once_and_is_that_of_the_base_without_a_mixture
     base = pretrained.load("base.pt", 8)
     plain = GPT(GPTConfig(**base.config, specialists=0, expert="lora", routed=False), torch.Generator(), base.tensors)
     for user, text in zip(first["users"], begun("", out="two", lora=True).texts, strict=True):
-        loss, _ = measuring.evaluate(plain, data.ordered_windows(text.test, 8, B=7))
+        loss, _ = measuring.evaluate(plain, data.ordered_windows(text.test, 8, batch_size=7))
         assert user["test_ppl_start"] == pytest.approx(math.exp(loss))
     monkeypatch.setattr(measuring, "evaluate", None)
     again = begun("--method local --specialists 2", out="three", lora=True)

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from data import BUILTIN_TRAIN_KB
+from data import BUILTIN_TRAIN_KB, DataConfig
 from methods import METHODS
 from model import EXPERTS
 from support.errors import BadInput
 from support.pretrained.base import NAMES
-from support.text.corpora import BUILTIN, CORPORA, TABLES
+from support.text.sources import BUILTIN, TABLES
 
 
 @dataclass(frozen=True)
@@ -152,17 +152,16 @@ class Settings(Training):
                                         "or a file such as lab/pretrain.py writes")
     dtype: str = setting("auto", "of what is frozen, and of the work on it; auto: bfloat16 on SmolLM2 and the like, "
                                  "where the processor multiplies in it", choices=("auto", "float32", "bfloat16"))
-    data: str = setting("builtin", f"{', '.join((*BUILTIN, *CORPORA))}, a folder with a NAME.txt or a NAME/ for each "
+    data: str = setting("builtin", f"{', '.join(BUILTIN)}, a folder with a NAME.txt or a NAME/ for each "
                                    "user, or a .csv or .jsonl file")
     user_field: str | None = setting(None, "a table's field that says whose text a row is (default: user)")
     text_field: str | None = setting(None, "a table's field that holds the text (default: text)")
-    source: str | None = setting(None, "a file, an address or a data set instead of a named corpus's own source")
-    cache: str = setting("out/cache", "folder for downloaded text, and for a base's loss on a text")
+    cache: str = setting("out/cache", "folder for a base's loss on a text")
     short_users: str = setting("refuse", "what to do about users with too little text", choices=("refuse", "leave-out"))
     target: str = setting("own", "whose text is used for validation and testing: the user's own, or an even mix of "
                                  "all users'", choices=("own", "mixed"))
     train_kb: tuple[float, ...] | None = setting(
-        None, f"training text in kB (default: {BUILTIN_TRAIN_KB} of a builtin, 2000 of a streamed corpus, else all "
+        None, f"training text in kB (default: {BUILTIN_TRAIN_KB} of a builtin, else all "
               "there is)", float, 0.001, high=1e9, many=True)
     valid_kb: tuple[float, ...] | None = setting(
         None, "validation text in kB, from its beginning (default: all that is held out)", float, 0.001, high=1e9,
@@ -205,8 +204,6 @@ class Settings(Training):
              "give `expert` lora, or leave it out"),
             (self.init_from != "scratch" and self.n_layer, "n_layer", "`init_from` has its own", "leave it out"),
             (self.init_from != "scratch" and self.n_embd, "n_embd", "`init_from` has its own", "leave it out"),
-            (self.source and self.data not in CORPORA, "source", f"`data` {self.data} is not a named corpus",
-             f"take one of {', '.join(CORPORA)}, or leave it out"),
             *((getattr(self, name) and Path(self.data).suffix not in TABLES, name, f"`data` {self.data} isn't a table",
                "leave it out") for name in ("user_field", "text_field")),
             (self.dp_noise and not self.clip_update, "dp_noise", "needs a bound", "give `clip_update`"),
@@ -228,6 +225,11 @@ class Settings(Training):
     def by_others(self) -> bool:
         """Whether it starts from a language model that others pretrained: anything but our own .pt."""
         return self.init_from != "scratch" and Path(self.init_from).suffix != ".pt"
+
+    @property
+    def data_config(self) -> DataConfig:
+        """The settings that decide which text users have."""
+        return DataConfig(**{f.name: getattr(self, f.name) for f in fields(DataConfig)})
 
     @property
     def hyper(self) -> dict[str, float]:
@@ -293,7 +295,7 @@ def option(name: str) -> str:
 
 GROUPS = {  # the headings of train.py --help
     "users and experts": "users specialists generalists top_k method set expert lora_rank init_from dtype",
-    "text": "data user_field text_field source cache short_users target train_kb valid_kb tokenizer",
+    "text": "data user_field text_field cache short_users target train_kb valid_kb tokenizer",
     "learning": "batch_size block_size lr warmup weight_decay router_lr router_every router_steps experts_see n_layer "
                 "n_head n_embd",
     "federation": "rounds local_steps average participation drop_rate clip_update dp_noise",

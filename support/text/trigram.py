@@ -1,33 +1,59 @@
-"""The yardstick that keeps everyone honest: a trigram, made from the same training text."""
+"""A trigram language model of the training text: what every result is compared with.
+
+Only readers who want to check its smoothing need this file. tests/test_data.py computes an
+example by hand.
+"""
 
 import numpy as np
 
 
-def trigram_loss(train: np.ndarray, test: np.ndarray, V: int) -> float:
-    """Mean cross-entropy in nats of test[1:] under a trigram fitted to train, with Witten-Bell interpolation:
+def trigram_loss(train: np.ndarray, test: np.ndarray, vocab_size: int) -> float:
+    """Mean cross-entropy in nats of test[1:] under a trigram that is fitted to train.
 
-        p(w | h) = (count(h w) + types(h) · p(w | h')) / (count(h) + types(h)),    h' = h without its first token,
+    Witten-Bell interpolation (Chen and Goodman 1999, section 2.5):
 
-    down to p(w) = 1/V; types(h) is the number of different tokens seen after h (Chen and Goodman 1999, section 2.5).
+        p(w | h) = (count(h w) + types(h) · p(w | h')) / (count(h) + types(h))
+
+    h' is the history h without its first token; the last p is 1 / vocab_size; types(h) is the
+    number of different tokens that follow h in train.
     """
-    p = np.full(len(test) - 1, 1 / V)
+    p = np.full(len(test) - 1, 1 / vocab_size)  # of each target
     for n in (1, 2, 3):
-        query, (seen, count) = ngrams(test, n, V), np.unique(ngrams(train, n, V), return_counts=True)
-        histories, which = np.unique(seen // V, return_inverse=True)
-        count_hw = lookup(query, seen, count)
-        count_h = lookup(query // V, histories, np.bincount(which, count))
-        types_h = lookup(query // V, histories, np.bincount(which))
-        p = np.where(count_h > 0, (count_hw + types_h * p) / np.maximum(count_h + types_h, 1), p)
+        known, counts = np.unique(ngrams(train, n, vocab_size), return_counts=True)
+        histories, history_of = np.unique(known // vocab_size, return_inverse=True)
+        history_counts = np.bincount(history_of, weights=counts)
+        history_types = np.bincount(history_of)
+
+        tested = ngrams(test, n, vocab_size)
+        history = tested // vocab_size
+        count_hw = lookup(tested, known, counts)
+        count_h = lookup(history, histories, history_counts)
+        types_h = lookup(history, histories, history_types)
+
+        total = np.maximum(count_h + types_h, 1)  # not 0, by which it is divided
+        interpolated = (count_hw + types_h * p) / total
+        p = np.where(count_h > 0, interpolated, p)
     return float(-np.log(p).mean())
 
 
-def ngrams(text: np.ndarray, n: int, V: int) -> np.ndarray:
-    """The n-gram that ends at each token but the first, as a number to base V; before the first stands itself."""
-    text = np.concatenate([text[:1], text]).astype(np.int64)
-    return sum(text[2 - k:len(text) - k] * V ** k for k in range(n))
+def ngrams(tokens: np.ndarray, n: int, vocab_size: int) -> np.ndarray:
+    """The n-grams that end at each token but the first, as numbers in base vocab_size:
+    (N,) -> (N - 1,). The token before the first is the first again.
+
+    ngrams([3, 1, 4], n=2, vocab_size=10) -> [31, 14]
+    """
+    padded = np.concatenate([tokens[:1], tokens])
+    padded = padded.astype(np.int64)
+    numbers = np.zeros(len(tokens) - 1, np.int64)
+    for k in range(n):
+        start = 3 - n + k
+        part = padded[start:start + len(numbers)]
+        numbers = numbers * vocab_size + part
+    return numbers
 
 
-def lookup(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The value of each query, 0 where it isn't among the sorted keys."""
-    place = np.searchsorted(keys, query).clip(max=len(keys) - 1)
-    return np.where(keys[place] == query, values[place], 0)
+def lookup(queries: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The value of each query; 0 if it is not among the keys, which are sorted."""
+    place = np.searchsorted(keys, queries)
+    place = place.clip(max=len(keys) - 1)
+    return np.where(keys[place] == queries, values[place], 0)
