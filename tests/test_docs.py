@@ -17,10 +17,11 @@ import methods
 import model
 import train
 from conftest import TINY
-from lab import experiments, prepare, pretrain, words
+from lab import experiments, pretrain, words
 from methods import METHODS
 from sample import Sampling
 from support.runs.settings import Settings, parsed
+from support.text.sources import PREPARED
 
 ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -60,7 +61,8 @@ def statements(code: str) -> str:
 
 
 def test_the_readme_quotes_the_round_and_the_tour_quotes_the_mixture():
-    quoted, = re.findall(r"```python\ndef federated_round.*?:\n(.*?)```", PAGES["README.md"], re.DOTALL)
+    block = r"```python\ndef federated_round.*?:\n(.*?)```"
+    quoted, = re.findall(block, PAGES["README.md"], re.DOTALL)
     assert statements(quoted) in statements(inspect.getsource(federated.federated_round))
     quoted, = re.findall(r"```python\n(.*?)```", PAGES["tour.md"], re.DOTALL)
     assert statements(quoted) in statements(inspect.getsource(model.MLPExperts.forward))
@@ -82,7 +84,7 @@ def test_a_command_in_the_documents_parses(program, rest, own_methods):
         for row in experiments.EXPERIMENTS[arguments[0]][1].values():
             assert parsed([*row.split(), *more])
     elif program == "-m lab.prepare" and arguments:
-        assert arguments[0] in prepare.CORPORA
+        assert arguments[0] in PREPARED
     else:
         assert program in ("-m lab.experiments", "-m lab.bench", "-m lab.play", "-m lab.prepare")
 
@@ -126,7 +128,7 @@ def test_the_guides_lines_print_how_good_each_model_is_on_each_text(corpus, caps
 
 @pytest.fixture
 def own_methods(monkeypatch):
-    """The guide's methods, as if they stood at the end of methods.py. Returns the names defined there."""
+    """The guide's methods, as if they stood at the end of methods.py. Returns its names."""
     for name in ("median", "fedprox"):
         monkeypatch.setitem(METHODS, name, None)  # so that the row is gone after the test
     names = dict(vars(methods))
