@@ -91,19 +91,21 @@ class LoRAExperts(nn.Module):
         down_proj = self.block.down_proj
         A, B = down_proj.stacked_factors(x.dtype)  # (E·r, n_hidden), (C, E·r)
         rank = len(A) // self.n_experts
+        one_hot = F.one_hot(selected, self.n_experts).to(x.dtype)  # (N, k, E)
+        masks = one_hot.repeat_interleave(rank, dim=2)  # (N, k, E·r), 1 at the ranks of the expert
         hidden = 0  # Σ gate_e·h_e
         low = 0  # Σ s·A'_e (gate_e·h_e), at the ranks of expert e
-        for gate, expert in zip(gates.unbind(1), selected.unbind(1), strict=True):  # k × (N,)
-            one_hot = F.one_hot(expert, self.n_experts).to(x.dtype)  # (N, E)
-            mask = one_hot.repeat_interleave(rank, dim=1)  # (N, E·r)
+        for gate, mask in zip(gates.unbind(1), masks.unbind(1), strict=True):  # k times
             # The backward pass computes h again, which saves memory.
             h = checkpoint(self.gated_hidden, gate, mask, inputs,
                            use_reentrant=False, preserve_rng_state=False)
             hidden = hidden + h  # (N, n_hidden)
             low = low + mask * F.linear(h, A)  # (N, E·r)
-        y = F.linear(hidden, down_proj.weight)  # (N, C)
-        if down_proj.bias is not None:
-            y = y + gates.sum(1, keepdim=True) * down_proj.bias  # the gates may not sum to 1
+        if down_proj.bias is None:
+            y = F.linear(hidden, down_proj.weight)  # (N, C)
+        else:
+            bias = gates.sum(1, keepdim=True) * down_proj.bias  # (N, C); gates may not sum to 1
+            y = torch.addmm(bias, hidden, down_proj.weight.t())
         return torch.addmm(y, low, B.t())
 
     def gated_hidden(self, gate: Tensor, mask: Tensor,

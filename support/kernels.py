@@ -1,17 +1,41 @@
-"""Two pieces of model.py in faster forms. A reader of the paper can skip this file.
+"""Three pieces of model.py in faster forms. A reader of the paper can skip this file.
 
     python -m pytest tests/test_kernels.py
 
-Each has a plain twin in model.py, which GPTConfig(use_kernels=False) uses: `attention` is
-model.causal_attention for bfloat16 on a CPU, and `linear_cross_entropy` is the last two lines of
-model.GPT.loss.
+Each has a plain twin in model.py, which GPTConfig(use_kernels=False) uses: `mixture` is
+model.MLPExperts.forward, `attention` is model.causal_attention for bfloat16 on a CPU, and
+`linear_cross_entropy` is the last line of model.GPT.loss.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 CHUNK = 2**23  # logits that linear_cross_entropy holds at a time
+
+
+def mixture(experts: nn.ModuleList, x: Tensor, gates: Tensor, selected: Tensor) -> Tensor:
+    """Σ_{e selected} gate_e · expert_e(x): x (N, C), gates and selected (N, k) -> (N, C).
+
+    It sorts the token-expert pairs by expert, so that it reads x and writes the sum only once.
+
+    selected [[2, 0], [2, 1]] -> order [1, 3, 0, 2], tokens [0, 1, 0, 1], counts [1, 1, 2]
+    """
+    k = selected.shape[1]
+    if k == len(experts):  # every expert has all tokens, and experts are in order
+        y = 0
+        for gate, expert in zip(gates.unbind(1), experts, strict=True):  # E × (N,)
+            y = y + gate[:, None] * expert(x)
+        return y
+    flat = selected.flatten()  # (N·k,)
+    order = flat.argsort(stable=True)
+    tokens = order // k  # (N·k,), expert by expert
+    counts = flat.bincount(minlength=len(experts)).tolist()
+    inputs = x.index_select(0, tokens).split(counts)  # E × (n_e, C)
+    outputs = [expert(x_e) for expert, x_e in zip(experts, inputs, strict=True)]
+    sorted_gates = gates.flatten().index_select(0, order)  # (N·k,)
+    gated = sorted_gates[:, None] * torch.cat(outputs)  # (N·k, C)
+    return torch.zeros_like(x).index_add(0, tokens, gated)
 
 
 def has_attention_for(q: Tensor) -> bool:
