@@ -75,7 +75,8 @@ def test_alternation_equals_a_naive_one():
 
     def naive_step(parameters, optimizer, batch) -> float:
         _, loss = naive(*batch)
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        gradients = torch.autograd.grad(loss, parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
         return loss.item()

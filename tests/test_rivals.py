@@ -85,7 +85,7 @@ def test_hetlora_sends_each_user_its_ranks_and_keeps_those_of_absent_users():
 
 
 def test_hetloras_penalty_worked_by_hand():
-    """Ranks 2, of which the second is the tail: 12 adapters, ‖A[1]‖ = 5, ‖B[:, 1]‖ = 2, λ = 0.01."""
+    """Ranks 2, the second is the tail: 12 adapters, ‖A[1]‖ = 5, ‖B[:, 1]‖ = 2, λ = 0.01."""
     user = lora_user("hetlora", lora_rank=2)
     batch = next(Batches(0))
     with torch.no_grad():
@@ -145,7 +145,9 @@ def test_flexlora_sends_each_user_the_best_approximation_of_its_rank():
     messages = [random_adapter(rank, rank) for rank in ranks]
     server = METHODS["flexlora"].server(messages[-1])
     server.generalists = server.merge(messages, weights)
-    W = sum(weight * product(message) for message, weight in zip(messages, weights, strict=True)) / 6
+    W = 0
+    for message, weight in zip(messages, weights, strict=True):
+        W = W + weight * product(message) / 6
     _, vectors = torch.linalg.eigh(W @ W.T)  # ascending
     for rank, message in zip(ranks, messages, strict=True):
         sent = server.broadcast(shapes_of(message))
