@@ -21,18 +21,9 @@ from support.files import read_json
 from support.report import plots
 from support.report.tables import caption, summarize, write_all
 from support.runs.folder import code, doubts, json_of
-from support.runs.settings import (
-    HYPER,
-    Settings,
-    as_flags,
-    check,
-    given_in,
-    parsed,
-    plain,
-    setting,
-    status_of,
-    swept_by,
-)
+from support.runs.command_line import as_flags, parse_known, parsed, run_command, swept_by
+from support.runs.flags import check_values, setting
+from support.runs.settings import Settings, all_hyper, plain
 from train import Run
 
 
@@ -51,7 +42,7 @@ class Comparison:
     anew: bool = setting(False, "play a run again that is there, but was made by other code", bool)
 
     def __post_init__(self):
-        check(self)
+        check_values(self)
         self.swept = swept_by(self.sweep)  # a hyper-parameter, and its values
 
 
@@ -128,7 +119,7 @@ def compare(rows: Rows, comparison: Comparison) -> None:
         raise BadInput("`rates`, `sweep`: can't be judged by validation text that experts learn from; leave "
                        "`experts_see` out")
     if comparison.sweep and not any(comparison.swept[0] in row.hyper for row in rows.values()):
-        raise BadInput(f"`sweep` {comparison.sweep}: no row has such a hyper-parameter; there are {HYPER}")
+        raise BadInput(f"`sweep` {comparison.sweep}: no row has such a hyper-parameter; there are {all_hyper()}")
     folders, tried = play(rows, comparison)
     summaries, configs = {}, [json_of(run / "config.json") for runs in folders.values() for run in runs]
     for doubt in doubts(configs):
@@ -147,7 +138,7 @@ def compare(rows: Rows, comparison: Comparison) -> None:
 
 def split(arguments: list[str] | None, kind: type[Comparison]) -> tuple[Comparison, list[str]]:
     """A command line's flags of a comparison, and those of its runs. Raises BadInput."""
-    given, rest = given_in(arguments, kind)
+    given, rest = parse_known(arguments, kind)
     for flag in rest:
         if flag == "--resume":
             raise BadInput("`resume`: a comparison always continues where it was; leave it out")
@@ -162,7 +153,7 @@ def from_command_line() -> None:
 
 
 def main() -> int:
-    return status_of("compare.py", from_command_line, "the runs that ended are kept")
+    return run_command("compare.py", from_command_line, "the runs that ended are kept")
 
 
 if __name__ == "__main__":

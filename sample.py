@@ -26,7 +26,9 @@ from support.errors import BadInput
 from support.report import page
 from support.runs import folder
 from support.runs.folder import Learned
-from support.runs.settings import Settings, check, parsed, setting, status_of
+from support.runs.command_line import parsed, run_command
+from support.runs.flags import check_values, setting
+from support.runs.settings import Settings
 from support.runs.start import starting_point
 from support.sampling import stream
 
@@ -45,7 +47,7 @@ class Sampling:
     html: str | None = setting(None, "write the page to this file instead of printing text")
 
     def __post_init__(self):
-        check(self)
+        check_values(self)
 
 
 @dataclass
@@ -136,7 +138,7 @@ def show(sampling: Sampling) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return status_of("sample.py", lambda: show(parsed(arguments, Sampling)), "nothing was written")
+    return run_command("sample.py", lambda: show(parsed(arguments, Sampling)), "nothing was written")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from federated import Server, User, federated_round
 from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig, LoRAExperts, MLPExperts, MoE
 from support.pretrained import gpt2 as pretrained
 from support.pretrained import llama
-from support.runs.settings import SCRATCH, Settings, status_of
+from support.runs.command_line import run_command
+from support.runs.settings import SCRATCH, Settings
 from support.sampling import stream
 
 USUAL = Settings()
@@ -227,7 +228,7 @@ def main() -> int:
     asked = parser.parse_args()
     print(f"{asked.device}, {torch.get_num_threads()} threads")
     torch.manual_seed(0)
-    return status_of("lab.bench", lambda: benches[asked.what](asked.device), "nothing was written")
+    return run_command("lab.bench", lambda: benches[asked.what](asked.device), "nothing was written")
 
 
 if __name__ == "__main__":

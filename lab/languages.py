@@ -15,7 +15,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from support.errors import BadInput
-from support.runs.settings import status_of
+from support.runs.command_line import run_command
 
 LANGUAGES = ("de", "fr", "it", "nl")
 GUIDE = "usr/share/doc/installation-guide-amd64"
@@ -72,4 +72,4 @@ def from_command_line() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(status_of("lab.languages", from_command_line, "run it again"))
+    sys.exit(run_command("lab.languages", from_command_line, "run it again"))

@@ -21,8 +21,10 @@ from support.errors import BadInput
 from support.files import write
 from support.pretrained import gpt2 as pretrained
 from support.runs.measuring import DIVERGED
-from support.runs.settings import Training, check_device, parsed, setting, status_of
-from support.runs.start import blank
+from support.runs.command_line import parsed, run_command
+from support.runs.flags import setting
+from support.runs.settings import Training
+from support.runs.start import blank, check_device
 from support.text.trigram import trigram_loss
 
 
@@ -70,7 +72,7 @@ def pretrain(settings: Pretraining) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return status_of("lab.pretrain", lambda: pretrain(parsed(arguments, Pretraining)), "nothing was written")
+    return run_command("lab.pretrain", lambda: pretrain(parsed(arguments, Pretraining)), "nothing was written")
 
 
 if __name__ == "__main__":

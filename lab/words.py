@@ -19,7 +19,8 @@ from sample import open_run
 from support.report import page
 from support.report.tables import markdown
 from support.runs.folder import Learned
-from support.runs.settings import check, parsed, setting, status_of
+from support.runs.command_line import parsed, run_command
+from support.runs.flags import check_values, setting
 
 FUNCTION_WORDS = {  # by user
     "de": {
@@ -49,7 +50,7 @@ class Words:
     run: str = setting("out", "folder of a run whose users are called de, fr, ...")
 
     def __post_init__(self):
-        check(self)
+        check_values(self)
 
 
 def classes(pieces: list[str], lists: dict[str, str]) -> list[set[str]]:
@@ -104,7 +105,7 @@ def show(words: Words) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return status_of("lab.words", lambda: show(parsed(arguments, Words)), "nothing was written")
+    return run_command("lab.words", lambda: show(parsed(arguments, Words)), "nothing was written")
 
 
 if __name__ == "__main__":

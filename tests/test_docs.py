@@ -16,7 +16,8 @@ from conftest import TINY
 from lab import bench, experiments, pretrain, words
 from methods import METHODS
 from sample import Sampling
-from support.runs.settings import Settings, parsed
+from support.runs.command_line import parsed
+from support.runs.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text().replace("\\\n", "") for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
