@@ -16,7 +16,7 @@ import data
 from bilevel import evaluate
 from model import GENERALIST, GPT, dense_gates
 from support.files import read_json, read_lines, write_text
-from support.runs.folder import Learned
+from support.runs.checkpoint import TrainedUser
 from support.sampling import stream
 
 SHOWN = 8  # users on the page, at most
@@ -27,7 +27,7 @@ KINDS = re.compile(r" *(?:(?P<letters>\w*[^\W\d_]\w*)|(?P<digits>\d+)) *|(?P<spa
 NUMBERS = dict(enumerate("no one two three four five six seven eight nine ten".split()))
 
 
-def of_run(folder: Path, path: Path, title: str, texts: list[data.Text], users: list[Learned],
+def of_run(folder: Path, path: Path, title: str, texts: list[data.Text], users: list[TrainedUser],
            tokenizer: tiktoken.Encoding) -> None:
     """Write the page of a run, of test text if it has ended, else of validation text. A text's user is the one in the
     same place. Raises OSError, ValueError."""
@@ -51,7 +51,7 @@ def of_run(folder: Path, path: Path, title: str, texts: list[data.Text], users: 
     write_text(path, Path(__file__).with_name("page.html").read_text(encoding="utf-8").replace("@@DATA@@", inert))
 
 
-def headline(progress: list[list], rounds: int, users: list[Learned]) -> str:
+def headline(progress: list[list], rounds: int, users: list[TrainedUser]) -> str:
     """A run in a sentence. progress: each user's name, perplexity before and after, and, at the end, its trigram's."""
     n, (before, after, trigram) = len(progress), np.array([row[1:] for row in progress], float).T  # None becomes nan
     model, number = users[0].model, NUMBERS.get(n, n)
@@ -65,15 +65,15 @@ def headline(progress: list[list], rounds: int, users: list[Learned]) -> str:
     return "; ".join([f"{who} {when} perplexity {before.mean():.1f}\xa0â†’\xa0{after.mean():.2f}{mean}", *told])
 
 
-def written(user: Learned, prompt: np.ndarray, tokenizer: tiktoken.Encoding) -> list[str]:
+def written(user: TrainedUser, prompt: np.ndarray, tokenizer: tiktoken.Encoding) -> list[str]:
     """A prompt, and how a user's model goes on, always with the likeliest token."""
-    idx = torch.from_numpy(prompt.astype(np.int64))[None].to(user.model.tokens.weight.device)
-    new = stream(user.model, idx, WRITTEN, temperature=0, vocabulary=tokenizer.n_vocab, gates=user.gates)
+    idx = torch.from_numpy(prompt.astype(np.int64))[None].to(user.model.device)
+    new = stream(user.model, idx, WRITTEN, temperature=0, vocabulary=tokenizer.n_vocab, fixed_gates=user.fixed_gates)
     words = list(decode([*prompt.tolist(), *map(int, new)], tokenizer))
     return ["".join(words[1:len(prompt)]), "".join(words[len(prompt):])]
 
 
-def view(name: str, tokens: np.ndarray, user: Learned, tokenizer: tiktoken.Encoding, shown: int) -> dict:
+def view(name: str, tokens: np.ndarray, user: TrainedUser, tokenizer: tiktoken.Encoding, shown: int) -> dict:
     """What is to be seen of a text and a model: tokens, gates, and what each expert has its largest shares of."""
     tokens = tokens[:READ]
     gates = gates_of(user, tokens)  # (L, n - 1, E): the last token is only a target
@@ -101,21 +101,21 @@ def decode(tokens: Iterable[int], tokenizer: tiktoken.Encoding, end: str = "\nâ€
 
 def windows(tokens: np.ndarray, model: GPT) -> Iterator[data.Batch]:
     """A text as a model reads it."""
-    return data.ordered_windows(tokens, model.config.block_size, str(model.tokens.weight.device))
+    return data.ordered_windows(tokens, model.config.block_size, str(model.device))
 
 
 @torch.no_grad()
-def gates_of(user: Learned, tokens: np.ndarray) -> np.ndarray:
+def gates_of(user: TrainedUser, tokens: np.ndarray) -> np.ndarray:
     """Every expert's gate for every token when a user's model reads these tokens: (L, n, E)."""
     E = user.model.config.n_experts
-    layers = [[dense_gates(routing, E) for routing in user.model.trunk(idx, user.gates)[1]]
+    layers = [[dense_gates(routing, E) for routing in user.model.trunk(idx, user.fixed_gates)[1]]
               for idx, _ in windows(tokens, user.model)]
     return torch.stack([torch.cat(parts) for parts in zip(*layers, strict=True)]).float().cpu().numpy()
 
 
-def worth(user: Learned, tokens: np.ndarray, gates: np.ndarray) -> tuple[float, float] | None:
+def worth(user: TrainedUser, tokens: np.ndarray, gates: np.ndarray) -> tuple[float, float] | None:
     """The perplexity as routed, and if every token got the mean gates of all; None where nothing is routed."""
-    if user.gates is not None or not user.model.config.routed:
+    if user.fixed_gates is not None or not user.model.config.routed:
         return None
     means = torch.from_numpy(gates.mean(1))  # (L, E)
     return tuple(math.exp(evaluate(user.model, windows(tokens, user.model), weights)[0]) for weights in (None, means))
