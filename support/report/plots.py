@@ -43,7 +43,8 @@ def draw_curves(axes, rows: dict[str, Row]) -> None:
     for number, (label, row) in enumerate(rows.items()):
         rounds = list(row.valid_loss_by_round)
         losses = list(row.valid_loss_by_round.values())
-        axes.plot(rounds, losses, f"C{number % 10}", label=label, linestyle=styles[number // 10 % 3])
+        style = styles[number // 10 % 3]
+        axes.plot(rounds, losses, f"C{number % 10}", label=label, linestyle=style)
     axes.set_xlabel("round")
     axes.set_ylabel("validation loss, nats")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))

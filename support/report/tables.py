@@ -230,9 +230,9 @@ def as_csv(records: list[dict]) -> str:
 
 def write_all(out: Path, rows: dict[str, Row], folders: dict[str, list[Path]],
               caption: str) -> str:
-    """Write table.md, table.tex, table.json, table.csv and curves.csv. Returns the table as Markdown.
+    """Write table.md, table.tex, table.json, table.csv and curves.csv.
 
-    folders: the runs of each row.
+    folders: the runs of each row. Returns the table as Markdown.
     """
     cells = table(rows)
     text = markdown(cells)
