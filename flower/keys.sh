@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Certificates and keys for a federation: bash flower/keys.sh FOLDER HOST USER...
 #
-# ca.crt goes to everyone; server.pem and server.key to the SuperLink on HOST, a name or an address; USER (private) to
-# that user's device, USER.pub to whoever registers nodes; ca.key, which can sign more, into a drawer.
+# ca.crt goes to every machine; server.pem and server.key to the SuperLink on HOST, a name or an address; USER (private)
+XX
 # What is there already stays; so users can be added. Needs OpenSSL 3 and ssh-keygen.
 set -euo pipefail
 umask 077
