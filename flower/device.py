@@ -1,10 +1,10 @@
-"""A device: one user, whose text is on its disk. Flower starts a process of this app for every message.
+"""A device: one user, whose text is on its disk. Flower starts a process for every message.
 
     flower-supernode ... --node-config 'user="fr" text="text/fr.jsonl" state="states"'
 
 A file in the folder `state`, one for each run, keeps everything that must outlive a message:
-specialists, router, optimizers, generators, and the round they belong to. A reply holds the device's
-generalists and its report (flower/messages.py), and nothing else.
+specialists, router, optimizers, generators, and the round they belong to. A reply holds the
+device's generalists and its report (flower/messages.py), and nothing else.
 """
 
 import traceback
@@ -15,6 +15,14 @@ import torch
 from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
+from support.runs.checkpoint import restore_user, user_state
+from support.runs.evaluation import (
+    check_loss,
+    counters,
+    initial_test_loss,
+    metrics_line,
+    result_row,
+)
 
 import data
 from data import DataConfig, Text
@@ -23,8 +31,6 @@ from flower.messages import pack_reply, settings_of, unpack_message, users_of
 from model import GENERALIST
 from support.errors import BadInput
 from support.files import write
-from support.runs.checkpoint import restore_user, user_state
-from support.runs.evaluation import check_loss, counters, initial_test_loss, metrics_line, result_row
 from support.runs.settings import Settings
 from support.runs.start import starting_point
 from train import build_largest, build_own_user, rhythm_of
@@ -73,10 +79,11 @@ class Device:
     def reply(self, run: str, number: int, generalists: Message) -> tuple[Message, dict]:
         """Play round `number` with the server's generalists. Returns the upload and the report.
 
-        The round after the last one only evaluates; its upload is empty. A repeated message gets the
-        same reply, without training again.
+        The round after the last one only evaluates; its upload is empty. A repeated message gets
+        the same reply, without training again.
         """
-        path = self.state / f"{int(run, 16):016x}.pt"  # a number, so that the server can't choose a path
+        # The id is a number, so that the server can't choose a path.
+        path = self.state / f"{int(run, 16):016x}.pt"
         if path.exists():
             state = torch.load(path, weights_only=True)
             restore_user(self.user, state["user"])
@@ -100,7 +107,8 @@ class Device:
         self.user.set_generalists(self.initial_generalists)
         initial_loss = initial_test_loss(self.settings, self.user, self.text)
         lines = [self.metrics_line(0, None)]
-        return {"round": 0, "train_loss": None, "initial_loss": initial_loss, "report": {"lines": lines}}
+        report = {"lines": lines}
+        return {"round": 0, "train_loss": None, "initial_loss": initial_loss, "report": report}
 
     def play(self, number: int, generalists: Message, state: dict) -> dict:
         """Play a round. Returns the new state.
@@ -108,7 +116,8 @@ class Device:
         The report repeats all earlier lines of metrics, so that none is lost with a reply.
         """
         report = {"weight": self.user.weight, "lines": list(state["report"]["lines"])}
-        new = {"round": number, "train_loss": None, "initial_loss": state["initial_loss"], "report": report}
+        new = {"round": number, "train_loss": None, "initial_loss": state["initial_loss"],
+               "report": report}
         earlier_loss = None  # None if the user wasn't selected in the previous round
         if state["round"] == number - 1:
             earlier_loss = state["train_loss"]
@@ -148,8 +157,10 @@ def train(message: FlowerMessage, context: Context) -> FlowerMessage:
     node = context.node_config
     generalists, run, number = unpack_message(message.content)
     try:
-        device = Device(settings_of(context), users_of(context), str(node["user"]), str(node["text"]),
-                        Path(str(node["state"])))
+        settings = settings_of(context)
+        names = users_of(context)
+        state = Path(str(node["state"]))
+        device = Device(settings, names, str(node["user"]), str(node["text"]), state)
         upload, report = device.reply(run, number, generalists)
     except Refusal:
         traceback.print_exc()

@@ -10,9 +10,9 @@ import json
 import shlex
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
+from support.runs.command_line import parsed
 
 from federated import Message
-from support.runs.command_line import parsed
 from support.runs.settings import Settings
 
 
@@ -51,10 +51,12 @@ def unpack_reply(content: RecordDict) -> tuple[Message, dict]:
 
 
 def is_valid_report(report: object, last: bool) -> bool:
-    """Whether a report holds what the server reads. last: whether it is the report at the end of the run."""
+    """Whether a report holds what the server reads. last: whether it is the one at the end."""
     if not isinstance(report, dict):
         return False
-    if not isinstance(report.get("weight"), int | float) or not isinstance(report.get("lines"), list):
+    if not isinstance(report.get("weight"), int | float):
+        return False
+    if not isinstance(report.get("lines"), list):
         return False
     for line in report["lines"]:
         if not isinstance(line, dict) or not isinstance(line.get("round"), int):

@@ -1,4 +1,4 @@
-"""The server of a run over Flower. It averages as train.py does, and continues from its own checkpoint.
+"""The server of a run over Flower. It averages as train.py does and has its own checkpoint.
 
     flwr run flower NAME --stream --run-config 'flags="--rounds 20" users="de,fr" out="out/server"'
 """
@@ -15,6 +15,8 @@ import torch
 from flwr.app import Context, MessageType, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.serverapp import Grid, ServerApp
+from support.runs.evaluation import refused_uploads, result_of, table
+from support.runs.flags import refuse
 
 from federated import Message
 from flower.messages import is_valid_report, pack_message, settings_of, unpack_reply, users_of
@@ -23,8 +25,6 @@ from model import GENERALIST
 from support.errors import BadInput
 from support.files import locked, write, write_json, write_lines
 from support.pretrained.base import Base
-from support.runs.evaluation import refused_uploads, result_of, table
-from support.runs.flags import refuse
 from support.runs.settings import Settings, plain
 from support.runs.start import starting_point
 from support.server import privacy
@@ -46,7 +46,8 @@ def check(settings: Settings, names: list[str]) -> None:
     """Raise BadInput for what only train.py can do."""
     method = METHODS[settings.method]
     if len(names) != settings.users or len(set(names)) < len(names):
-        refuse("users", settings.users, f"the run config names {', '.join(names)}", "name each user once")
+        refuse("users", settings.users, f"the run config names {', '.join(names)}",
+               "name each user once")
     if method.pooled:
         refuse("method", settings.method, "needs all users' text in one place", "use train.py")
     if not method.clippable:
@@ -54,19 +55,24 @@ def check(settings: Settings, names: list[str]) -> None:
     if settings.target == "mixed":
         refuse("target", "mixed", "a device has its own text only", "use train.py")
     if settings.drop_rate:
-        refuse("drop_rate", settings.drop_rate, "real devices disappear by themselves", "leave it out")
+        refuse("drop_rate", settings.drop_rate, "real devices disappear by themselves",
+               "leave it out")
     if selected_per_round(settings) == 1 < settings.users:
-        refuse("participation", settings.participation, "selects a single user, whose update would be public",
-               "use a larger one")
+        refuse("participation", settings.participation,
+               "selects a single user, whose update would be public", "use a larger one")
     if settings.device != "cpu":
         refuse("device", settings.device, "would be the same on all devices", "leave it out")
 
 
-def generalist_shapes(settings: Settings, base: Base, names: list[str]) -> dict[str, dict[str, torch.Size]]:
+Shapes = dict[str, torch.Size]  # of a user's generalists, by name
+
+
+def generalist_shapes(settings: Settings, base: Base, names: list[str]) -> dict[str, Shapes]:
     """For each user, the names and shapes of its generalists."""
     shapes = {}
-    for name, specialists, rank in zip(names, settings.specialists, settings.lora_rank, strict=True):
-        model = build_model(settings, base, specialists, rank, "shapes")
+    for number, name in enumerate(names):
+        size = settings.specialists[number], settings.lora_rank[number]
+        model = build_model(settings, base, *size, "shapes")
         shapes[name] = {key: tensor.shape for key, tensor in model.having(GENERALIST).items()}
     return shapes
 
@@ -89,7 +95,7 @@ class ServerRun:
         base = starting_point(settings)
         self.server = build_server(settings, build_largest(settings, base, "server"))
         if settings.dp_noise:
-            self.server.generator = None  # the operating system draws; the devices know the run's seed
+            self.server.generator = None  # devices know the seed, so the operating system draws
         self.shapes = generalist_shapes(settings, base, names)
         self.run_id = secrets.token_hex(8)
         self.rounds_done = 0
@@ -117,7 +123,10 @@ class ServerRun:
         return result
 
     def play_round(self, number: int) -> None:
-        """Train the selected users and average their uploads. With a single reply the average stays."""
+        """Train the selected users and average their uploads.
+
+        With a single reply the average stays as it is.
+        """
         selected = [self.names[i] for i in sample_clients(self.settings, number)[0]]
         replies = self.train(number, selected)
         refused_before = len(self.server.refused)
@@ -143,7 +152,7 @@ class ServerRun:
         return replies
 
     def uploads(self, replies: Replies) -> dict[RemoteUser, Message]:
-        """The uploads, in the order of all users, whichever came first. Invalid weights are left out."""
+        """The uploads with valid weights, in the order of all users, whichever came first."""
         uploads = {}
         for name in self.names:
             if name not in replies:
@@ -159,7 +168,8 @@ class ServerRun:
         replies = self.train(self.settings.rounds + 1, self.names)
         missing = [name for name in self.names if name not in replies]
         if len(missing) == len(self.names):
-            raise BadInput("no device replied to the evaluation; start this run again when devices are there")
+            raise BadInput("no device replied to the evaluation; start this run again when devices "
+                           "are there")
         if missing:
             print(f"the result is without {', '.join(missing)}: no reply", flush=True)
         reports = [replies[name][1] for name in self.names if name in replies]
@@ -178,8 +188,9 @@ class ServerRun:
         for number in range(1, self.settings.rounds + 1):
             selections.update(sample_clients(self.settings, number)[0])
         users = len(self.names)
-        return privacy.guarantee(self.settings.dp_noise, users, users, rounds=max(selections.values()),
-                                 complete=self.complete and not self.server.refused)
+        rounds = max(selections.values())
+        complete = self.complete and not self.server.refused
+        return privacy.guarantee(self.settings.dp_noise, users, users, rounds, complete)
 
     @property
     def identity(self) -> dict:
@@ -211,7 +222,21 @@ class ServerRun:
         self.start_time -= state["seconds"]
 
 
-RETRY = 60.0  # seconds until a node that failed gets a message again; also the time to reply with a name
+RETRY = 60.0  # seconds until a failed node gets a message again, and to reply with a name
+
+
+class BadReply(ValueError):
+    """A reply that is an error, or that doesn't hold what it should."""
+
+
+def read_reply(reply: FlowerMessage) -> tuple[Message, dict]:
+    """A device's generalists and its report. Raises BadReply."""
+    if reply.has_error():
+        raise BadReply(reply.error.reason)
+    try:
+        return unpack_reply(reply.content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadReply(f"not a valid reply: {error!r}") from None
 
 
 class Nodes:
@@ -228,9 +253,12 @@ class Nodes:
         self.failed = {}  # node -> when it failed
 
     def find(self) -> dict[str, int]:
-        """The node of each user. Asks new nodes for their user's name; of two with one name the first counts."""
+        """The node of each user; the first, if two have the same name."""
         now = time.monotonic()
-        nodes = [node for node in self.grid.get_node_ids() if now - self.failed.get(node, -RETRY) >= RETRY]
+        nodes = []
+        for node in self.grid.get_node_ids():
+            if node not in self.failed or now - self.failed[node] >= RETRY:
+                nodes.append(node)
         new = [node for node in nodes if node not in self.users]
         self.users = {node: name for node, name in self.users.items() if node in nodes}
         if new:
@@ -251,7 +279,7 @@ class Nodes:
                 self.failed[node] = time.monotonic()
 
     def send(self, run: str, number: int, messages: dict[str, Message]) -> Replies:
-        """Send users their messages for round `number`. Returns the replies that arrive within `patience`."""
+        """Send users their messages for round `number`. Returns the replies that arrive in time."""
         replies = {}
         waiting = {}  # id of a message -> user, node
         end = time.monotonic() + self.patience
@@ -259,23 +287,23 @@ class Nodes:
             sent = [name for name, _ in waiting.values()]
             for name, node in self.find().items():
                 if name in messages and name not in replies and name not in sent:
-                    seconds = end - time.monotonic() + self.pause
-                    message_id = self.push(node, pack_message(messages[name], run, number), number, seconds)
+                    content = pack_message(messages[name], run, number)
+                    message_id = self.push(node, content, number, end)
                     if message_id:
                         waiting[message_id] = name, node
             for reply in self.grid.pull_messages(list(waiting)):
                 name, node = waiting.pop(reply.metadata.reply_to_message_id)
                 try:
-                    replies[name] = unpack_reply(reply.content)  # ValueError if the reply is an error
-                except (ValueError, KeyError, TypeError) as error:
-                    reason = reply.error.reason if reply.has_error() else f"not a valid reply: {error!r}"
-                    print(f"round {number}, user {name}: {reason}", flush=True)
+                    replies[name] = read_reply(reply)
+                except BadReply as error:
+                    print(f"round {number}, user {name}: {error}", flush=True)
                     self.failed[node] = time.monotonic()
             time.sleep(self.pause)
         return replies
 
-    def push(self, node: int, content: RecordDict, number: int, seconds: float) -> str | None:
-        """Send one message, which expires after some seconds. Returns its id, or None if it couldn't be sent."""
+    def push(self, node: int, content: RecordDict, number: int, end: float) -> str | None:
+        """Send a message, which expires when the round ends. Returns its id, if it worked."""
+        seconds = end - time.monotonic() + self.pause
         message = FlowerMessage(content, node, MessageType.TRAIN, group_id=str(number), ttl=seconds)
         ids = list(self.grid.push_messages([message]))
         return ids[0] if ids else None

@@ -1,10 +1,10 @@
-"""A whole federation on this machine: Flower's SuperLink, and a SuperNode with a folder for each user.
+"""A federation on this machine: Flower's SuperLink, and a SuperNode with a folder per user.
 
     pip install -r flower/requirements.txt
     python -m flower.try_it --users 2 --rounds 3 --out out/flower
 
-It accepts the flags of train.py, writes each user's text to the folder of its node, and gives the same
-results as train.py, bit for bit.
+It accepts the flags of train.py, writes each user's text to the folder of its node, and gives the
+same results as train.py, bit for bit.
 """
 
 import json
@@ -21,11 +21,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from support.runs.command_line import as_arguments, run_command
+from support.runs.flags import refuse
+
 import data
 from support.errors import BadInput
 from support.files import write_lines, write_text
-from support.runs.command_line import as_arguments, run_command
-from support.runs.flags import refuse
 from support.runs.folder import settings_of
 from support.runs.settings import Settings
 from support.runs.start import starting_point
@@ -35,7 +36,7 @@ QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHO
 
 
 def write_texts(settings: Settings, folder: Path) -> list[str]:
-    """Write each user's text to folder/NAME/text.jsonl. Returns the users' names. Raises BadInput."""
+    """Write each user's text to folder/NAME/text.jsonl. Returns the names. Raises BadInput."""
     from flower.server import check  # needs Flower
     tokenizer = starting_point(settings).encoding
     users = data.load_documents(settings.data_config, tokenizer)
@@ -43,7 +44,8 @@ def write_texts(settings: Settings, folder: Path) -> list[str]:
     check(settings, list(users))
     for name in users:
         if not re.fullmatch(r"\w[\w.-]*", name):
-            refuse("data", settings.data, f"user {name} can't have that name here", "use letters and digits")
+            refuse("data", settings.data, f"user {name} can't have that name here",
+                   "use letters and digits")
     for name, documents in users.items():
         entries = []
         for split in data.SPLITS:
@@ -80,15 +82,18 @@ class Processes:
         self.started = []
 
     def start(self, command: str, name: str, log: bool = True) -> subprocess.Popen:
-        """Start a command of Flower. log: write its output to NAME.log, not to this process's output."""
+        """Start a command of Flower.
+
+        log: write its output to NAME.log instead of this process's output.
+        """
         program, *arguments = shlex.split(command)
         program = Path(sys.executable).parent / program
         environment = os.environ | QUIET
         environment["PYTHONPATH"] = str(HERE.parent)
         environment["FLWR_HOME"] = str(self.out / name / "home")
         output = open(self.out / f"{name}.log", "w") if log else None  # noqa: SIM115, the process holds it
-        process = subprocess.Popen([program, *arguments], stdout=output, stderr=output, env=environment,
-                                   start_new_session=True)
+        process = subprocess.Popen([program, *arguments], stdout=output, stderr=output,
+                                   env=environment, start_new_session=True)
         self.started.append(process)
         return process
 
@@ -119,7 +124,8 @@ def background_processes(out: Path) -> Iterator[Processes]:
 
 def make_keys(folder: Path, names: list[str]) -> None:
     """Make the certificates of the SuperLink, and a key for each node."""
-    subprocess.run(["bash", HERE / "keys.sh", folder, "127.0.0.1", *names], check=True, capture_output=True)
+    command = ["bash", HERE / "keys.sh", folder, "127.0.0.1", *names]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def start_superlink(processes: Processes, keys: Path, port: int) -> None:
@@ -133,14 +139,17 @@ def start_superlink(processes: Processes, keys: Path, port: int) -> None:
 
 def start_supernode(processes: Processes, keys: Path, superlink: str, port: int, name: str) -> None:
     """Register the key of a user's node and start it."""
-    registration = processes.start(f"flwr supernode register {keys}/{name}.pub here --name {name}", "run")
+    command = f"flwr supernode register {keys}/{name}.pub here --name {name}"
+    registration = processes.start(command, "run")
     if registration.wait() != 0:
-        refuse("out", str(processes.out), f"the key of {name} couldn't be registered", "see run.log there")
+        refuse("out", str(processes.out), f"the key of {name} couldn't be registered",
+               "see run.log there")
     home = processes.out / "devices" / name
     config = f'user="{name}" text="{home / "text.jsonl"}" state="{home / "states"}"'
     processes.start(
         f"flower-supernode --superlink {superlink} --root-certificates {keys}/ca.crt --port {port} "
-        f"--auth-supernode-private-key {keys}/{name} --node-config {shlex.quote(config)}", f"devices/{name}")
+        f"--auth-supernode-private-key {keys}/{name} --node-config {shlex.quote(config)}",
+        f"devices/{name}")
 
 
 def try_it(settings: Settings) -> None:
@@ -166,7 +175,8 @@ def try_it(settings: Settings) -> None:
         start_superlink(processes, keys, port)
         for name, node_port in zip(names, node_ports, strict=True):
             start_supernode(processes, keys, superlink, node_port, name)
-        run = processes.start(f"flwr run {HERE} here --stream --run-config {shlex.quote(config)}", "run", log=False)
+        command = f"flwr run {HERE} here --stream --run-config {shlex.quote(config)}"
+        run = processes.start(command, "run", log=False)
         run.wait()
     if not (out / "server" / "result.json").exists():
         raise BadInput(f"`out` {out}: the run has no result; see the logs there")

@@ -1,4 +1,4 @@
-"""Over Flower a run gives the bits of train.py, also after losses, and messages hold nothing private."""
+"""A run over Flower gives the bits of train.py, and its messages hold nothing private."""
 
 import copy
 import json
@@ -26,7 +26,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from flower import device, server, try_it
 
 ROOT = Path(__file__).parent.parent
-FLAGS = "--specialists 1,2,4 --rounds 4 --average tokens --participation 0.7 --eval-every 2 --lr 1e-2"
+FLAGS = ("--specialists 1,2,4 --rounds 4 --average tokens --participation 0.7 --eval-every 2 "
+         "--lr 1e-2")
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,8 @@ class LocalDevices:
 
     def device(self, folder: str, user: str) -> device.Device:
         home = self.out / folder
-        return device.Device(self.settings, list(NAMES), user, str(home / "text.jsonl"), home / "states")
+        text = str(home / "text.jsonl")
+        return device.Device(self.settings, list(NAMES), user, text, home / "states")
 
     def send(self, run: str, number: int, messages: dict) -> dict:
         replies = {}
@@ -86,7 +88,7 @@ def assert_same_result(one: Path, two: Path) -> None:
 
 
 class LocalGrid:
-    """Flower's grid in this process. Node i is the device of user i; one more node has the last user's name."""
+    """Flower's grid in this process. Node i is user i; one more node has the last user's name."""
 
     def __init__(self, devices: LocalDevices):
         run_config = {"flags": shlex.join(command(FLAGS, "unused")), "users": ",".join(NAMES)}
@@ -95,7 +97,8 @@ class LocalGrid:
         self.waiting = {}  # id of a message -> its reply
         for node, name in enumerate((*NAMES, NAMES[-1])):
             home = devices.out / name
-            node_config = {"user": name, "text": str(home / "text.jsonl"), "state": str(home / "states")}
+            node_config = {"user": name, "text": str(home / "text.jsonl"),
+                           "state": str(home / "states")}
             self.contexts[node] = Context(1, node, node_config, RecordDict(), run_config)
 
     def get_node_ids(self) -> list[int]:
@@ -204,7 +207,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("moment", [1, 3, 5, 7])
 def test_a_run_that_is_killed_at_any_moment_continues_bit_for_bit(moment, monkeypatch):
-    """The server dies when a state has just been written, a device's or its own. Then it starts again."""
+    """The server dies when a state, a device's or its own, has been written, and starts again."""
     devices = LocalDevices()
     write = device.write
     written = []
@@ -300,8 +303,9 @@ def test_a_folder_has_one_server_and_one_run():
 def test_a_network_on_this_machine_gives_the_results_of_train_and_leaves_no_process():
     flags = "--users 2 --specialists 1 --rounds 1"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "flower.try_it", *command(flags, "flower")], env=environment,
-                          capture_output=True, text=True, timeout=300, check=True)
+    arguments = [sys.executable, "-m", "flower.try_it", *command(flags, "flower")]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300,
+                          check=True)
     assert "round 1: 2 of 2 replied" in done.stdout
     assert train.main(command(flags, "plain")) == 0
     assert_same_result(Path("flower/server"), Path("plain"))

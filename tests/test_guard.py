@@ -63,7 +63,7 @@ def test_a_long_update_is_scaled_to_the_bound_and_a_short_one_stays(factor, boun
 
 @pytest.mark.parametrize("generator", [seeded(1), None])
 def test_noise_is_normal_and_independent_between_tensors(generator):
-    """z = 2, C = 3 and two accepted uploads: a deviation of 3. The fourth moment of a normal is 3 σ⁴."""
+    """z = 2, C = 3, two accepted uploads: a deviation of 3. A normal's fourth moment is 3 σ⁴."""
     guard = Guard(Server(HELD), bound=3.0, noise=2.0, generator=generator)
     aggregate(guard, HELD, HELD, full(torch.nan))
     one, two = (tensor.flatten() for tensor in guard.generalists.values())
@@ -94,7 +94,7 @@ def test_a_guard_continues_from_a_saved_state():
 
 
 def test_epsilon_is_the_published_one_and_falls_with_noise_rounds_and_participation():
-    """dp-accounting's tests: noise of 4.530877117 sensitivities is (1, 1e-6)-private. Ours are two bounds."""
+    """dp-accounting tests that noise of 4.530877117 sensitivities, two bounds each, is (1, 1e-6)-DP."""
     pytest.importorskip("dp_accounting", reason="dp-accounting isn't installed")
     assert epsilon(2 * 4.530877117, 1, 10, 10, 1e-6) == pytest.approx(1, abs=1e-5)
     most = epsilon(noise=4, rounds=10, users=100, selected=100, delta=1e-3)

@@ -1,4 +1,4 @@
-"""A guard between the users and the server: it refuses broken uploads, clips updates and adds noise.
+"""A guard around the server: it refuses broken uploads, clips updates and adds noise.
 
     server = Guard(Server(generalists), bound=1.0, noise=0.5, generator=torch.Generator())
 """
@@ -61,8 +61,8 @@ class Guard:
     """A server behind a guard.
 
     bound: C, the largest norm of an update; None doesn't clip.
-    noise: z. With a bound, each number of an average of n uploads gets noise from N(0, (z·C/n)²), as
-        in DP-FedAvg with equal weights (McMahan et al. 2018).
+    noise: z. With a bound, each number of an average of n uploads gets noise from N(0, (z·C/n)²),
+        as in DP-FedAvg with equal weights (McMahan et al. 2018).
     generator: draws the noise; without one, the operating system does.
     """
 

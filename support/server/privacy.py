@@ -48,8 +48,8 @@ def sentence(privacy: dict) -> str:
     """A guarantee, to be printed."""
     if privacy["epsilon"] is None:
         return f"privacy: no ε ({privacy['why']})"
-    text = (f"privacy of a user, from those who see the averages only: ε = {privacy['epsilon']:.3g} at "
-            f"δ = {privacy['delta']:.2g}")
+    text = ("privacy of a user, from those who see the averages only: "
+            f"ε = {privacy['epsilon']:.3g} at δ = {privacy['delta']:.2g}")
     if privacy["delta"] > LARGE_DELTA:
         text += "; worth little, with so large a δ"
     return text
