@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import data
@@ -288,8 +287,8 @@ class Run:
         counts = processes.gather([counters(user) for user in self.users])
         refused = processes.total(len(self.server.refused))
         guarantee = privacy.guarantee(
-            settings, number_of_clients(settings), selected_per_round(settings), settings.rounds,
-            whole=refused == 0 and settings.drop_rate == 0)
+            settings.dp_noise, number_of_clients(settings), selected_per_round(settings),
+            settings.rounds, complete=refused == 0 and settings.drop_rate == 0)
         seconds = time.perf_counter() - self.start_time
         return result_of(settings, rows, counts, refused, seconds, guarantee)
 

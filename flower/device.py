@@ -1,125 +1,171 @@
-"""A device: one user, with its own text on its own disk. Flower starts a process of this for every message.
+"""A device: one user, whose text is on its disk. Flower starts a process for every message.
 
     flower-supernode ... --node-config 'user="fr" text="text/fr.jsonl" state="states"'
 
-What must outlive a message, such as specialists, router, optimizers and generators, is kept in a file for each run in
-the state's folder, with the round that it belongs to. What leaves the device is its generalists, its weight, its lines
-of metrics.jsonl and result.json, and, if it can't answer, why.
+A file in the folder `state`, one for each run, keeps everything that must outlive a message:
+specialists, router, optimizers, generators, and the round they belong to. A reply holds the
+device's generalists and its report (flower/messages.py), and nothing else.
 """
 
-import json
 import traceback
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
-from flwr.app import Message as Envelope
+from flwr.app import ConfigRecord, Context, RecordDict
+from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 
 import data
+from data import DataConfig, Text
 from federated import Message
-from flower.server import settings_in
+from flower.messages import pack_reply, settings_of, unpack_message, users_of
 from model import GENERALIST
 from support.errors import BadInput
 from support.files import write
-from support.runs.folder import restore_user, states
-from support.runs.measuring import check_loss, counts_of, line_of, row_of, untrained
-from support.runs.flags import flags
+from support.runs.checkpoint import restore_user, user_state
+from support.runs.evaluation import (
+    check_loss,
+    counters,
+    initial_test_loss,
+    metrics_line,
+    result_row,
+)
 from support.runs.settings import Settings
 from support.runs.start import starting_point
-from train import build_largest, build_own, rhythm_of
-
-
-def own(settings: Settings, number: int, text: str) -> Settings:
-    """The settings by which user `number` reads its text."""
-    several = {name: getattr(settings, name) for name, flag in flags(Settings).items() if flag.many}
-    return replace(settings, users=1, data=text, dp_noise=0.0, **{  # noise is the server's business
-        name: values and (values[number],) for name, values in several.items()})
+from train import build_largest, build_own_user, rhythm_of
 
 
 class Refusal(BadInput):
-    """What a device may say of why it doesn't answer: nothing of its text."""
+    """An error whose message the server may read: it quotes nothing of the device's text."""
+
+
+def config_of_text(settings: Settings, number: int, path: str) -> DataConfig:
+    """How user `number` reads its text."""
+    config = replace(settings.data_config, users=1, data=path)
+    if settings.train_kb:
+        config = replace(config, train_kb=(settings.train_kb[number],))
+    if settings.valid_kb:
+        config = replace(config, valid_kb=(settings.valid_kb[number],))
+    return config
+
+
+def read_text(settings: Settings, names: list[str], user: str, path: str, tokenizer) -> Text:
+    """The text on this device. Raises Refusal if it isn't the user's, and BadInput."""
+    if user not in names:
+        raise Refusal(f"user {user}: not in this run; it has {', '.join(names)}")
+    text, = data.load(config_of_text(settings, names.index(user), path), tokenizer)
+    if text.name != user:
+        raise Refusal(f"user {user}: the text on this device is another user's")
+    return text
 
 
 class Device:
-    """User `user` of a run: the one of `names` that is on this device. Raises Refusal, and BadInput for its text."""
+    """A user on its device.
 
-    def __init__(self, settings: Settings, names: list[str], user: str, text: str, state: Path):
-        if user not in names:
-            raise Refusal(f"user {user}: not in this run; it has {', '.join(names)}")
-        self.settings, self.state, self.base = settings, state, starting_point(settings)
-        self.text, = data.load(own(settings, names.index(user), text).data_config, self.base.encoding)
-        if self.text.name != user:
-            raise Refusal(f"user {user}: the text on this device is another user's")
-        self.common = build_largest(settings, self.base, "server")
-        self.user = build_own(settings, self.base, self.common, self.text, names.index(user))
+    names: all users of the run. user: the one of this device. path: its text. state: a folder.
+    Raises Refusal, and BadInput.
+    """
 
-    def answer(self, run: str, number: int, given: Message) -> tuple[Message, dict]:
-        """Take θ^G, learn for a round, and answer. In the round after the last θ^G is tested instead. A round that this
-        device has had already isn't played twice: it gives the same answer again."""
-        path = self.state / f"{int(run, 16):016x}.pt"  # a number: no path of the server's choosing
+    def __init__(self, settings: Settings, names: list[str], user: str, path: str, state: Path):
+        self.settings = settings
+        self.state = state
+        base = starting_point(settings)
+        self.text = read_text(settings, names, user, path, base.encoding)
+        server_model = build_largest(settings, base, "server")
+        self.initial_generalists = server_model.having(GENERALIST)
+        self.user = build_own_user(settings, base, server_model, self.text, names.index(user))
+
+    def reply(self, run: str, number: int, generalists: Message) -> tuple[Message, dict]:
+        """Play round `number` with the server's generalists. Returns the upload and the report.
+
+        The round after the last one only evaluates; its upload is empty. A repeated message gets
+        the same reply, without training again.
+        """
+        # The id is a number, so that the server can't choose a path.
+        path = self.state / f"{int(run, 16):016x}.pt"
         if path.exists():
-            saved = torch.load(path, weights_only=True)
-            restore_user(self.user, saved["user"])
+            state = torch.load(path, weights_only=True)
+            restore_user(self.user, state["user"])
         else:
-            saved = self.begin()
-        if saved["round"] > number:
-            raise Refusal(f"round {number}: is over; this device has had round {saved['round']}")
-        new = saved["round"] < number
-        if new:
-            saved |= self.play(number, given, saved)
-        answer = {} if number > self.settings.rounds else self.user.answer()
-        if new:
-            saved["user"], = states([self.user])
-            write(path, lambda temporary: torch.save(saved, temporary))
-        return answer, saved["told"]
+            state = self.initial_state()
+        if state["round"] > number:
+            raise Refusal(f"round {number}: is over; this device has played round {state['round']}")
+        if state["round"] == number:
+            return self.upload(number), state["report"]
+        state = self.play(number, generalists, state)
+        upload = self.upload(number)
+        state["user"] = user_state(self.user)
+        write(path, lambda temporary: torch.save(state, temporary))
+        return upload, state["report"]
 
-    def play(self, number: int, given: Message, saved: dict) -> dict:
-        """A round: what is new in the device's state. Lines are all there were, so that none is lost with an answer."""
-        settings, last, loss, lines = self.settings, number > self.settings.rounds, None, saved["told"]["lines"]
-        before = saved["loss"] if saved["round"] == number - 1 else None  # None, where it wasn't called
-        if not last and number > 1 and (number - 1) % settings.eval_every == 0:
-            self.user.adopt(given)
-            lines = [*lines, self.line(number - 1, before)]  # of the average, which is new here
-        self.user.receive(given)
-        if last:
-            lines = [*lines, self.line(number - 1, before)]
-            more = {"counts": counts_of(self.user), "row": row_of(settings, self.user, self.text, saved["start"])}
-        else:
-            more, loss = {}, self.user.learn(rhythm_of(settings))
-            check_loss(settings, self.user, loss)
-        return {"round": number, "loss": loss, "told": {"weight": self.user.weight, "lines": lines, **more}}
+    def upload(self, number: int) -> Message:
+        return self.user.upload() if number <= self.settings.rounds else {}
 
-    def begin(self) -> dict:
-        """What a user's first message comes before: its models as they are without training."""
-        self.user.adopt(self.common.having(GENERALIST))
-        start = untrained(self.settings, self.base, self.user, self.text)
-        return {"round": 0, "loss": None, "start": start, "told": {"lines": [self.line(0, None)]}}
+    def initial_state(self) -> dict:
+        """The state before the first round, with an evaluation of the untrained model."""
+        self.user.set_generalists(self.initial_generalists)
+        initial_loss = initial_test_loss(self.settings, self.user, self.text)
+        lines = [self.metrics_line(0, None)]
+        report = {"lines": lines}
+        return {"round": 0, "train_loss": None, "initial_loss": initial_loss, "report": report}
 
-    def line(self, number: int, loss: float | None) -> dict:
-        self.user.settle()
-        return line_of(self.settings, number, self.user, self.text, loss)
+    def play(self, number: int, generalists: Message, state: dict) -> dict:
+        """Play a round. Returns the new state.
+
+        The report repeats all earlier lines of metrics, so that none is lost with a reply.
+        """
+        report = {"weight": self.user.weight, "lines": list(state["report"]["lines"])}
+        new = {"round": number, "train_loss": None, "initial_loss": state["initial_loss"],
+               "report": report}
+        earlier_loss = None  # None if the user wasn't selected in the previous round
+        if state["round"] == number - 1:
+            earlier_loss = state["train_loss"]
+        if number > self.settings.rounds:
+            self.user.download(generalists)
+            report["lines"].append(self.metrics_line(number - 1, earlier_loss))
+            report["counters"] = counters(self.user)
+            report["row"] = result_row(self.settings, self.user, self.text, state["initial_loss"])
+            return new
+        if number > 1 and (number - 1) % self.settings.eval_every == 0:
+            # The previous round is evaluated with its average, which is new here.
+            self.user.set_generalists(generalists)
+            report["lines"].append(self.metrics_line(number - 1, earlier_loss))
+        self.user.download(generalists)
+        new["train_loss"] = self.user.local_update(rhythm_of(self.settings))
+        check_loss(self.settings, self.user, new["train_loss"])
+        return new
+
+    def metrics_line(self, number: int, train_loss: float | None) -> dict:
+        self.user.before_evaluation()
+        return metrics_line(self.settings, number, self.user, self.text, train_loss)
 
 
 app = ClientApp()
 
 
 @app.query()
-def who(message: Envelope, context: Context) -> Envelope:
-    return Envelope(RecordDict({"told": ConfigRecord({"user": str(context.node_config["user"])})}), reply_to=message)
+def user_name(message: FlowerMessage, context: Context) -> FlowerMessage:
+    """Reply with the name of this node's user."""
+    name = str(context.node_config["user"])
+    return FlowerMessage(RecordDict({"user": ConfigRecord({"name": name})}), reply_to=message)
 
 
 @app.train()
-def learn(message: Envelope, context: Context) -> Envelope:
-    here, run, asked = context.node_config, context.run_config, message.content["asked"]
-    given = message.content["generalists"].to_torch_state_dict()
+def train(message: FlowerMessage, context: Context) -> FlowerMessage:
+    """Play a round and reply with the device's generalists and its report."""
+    node = context.node_config
+    generalists, run, number = unpack_message(message.content)
     try:
-        device = Device(settings_in(context), str(run["users"]).split(","), str(here["user"]), str(here["text"]),
-                        Path(str(here["state"])))
-        answer, told = device.answer(asked["run"], asked["round"], given)
-    except Exception as error:  # Flower sends its message, which may quote the text
+        settings = settings_of(context)
+        names = users_of(context)
+        state = Path(str(node["state"]))
+        device = Device(settings, names, str(node["user"]), str(node["text"]), state)
+        upload, report = device.reply(run, number, generalists)
+    except Refusal:
         traceback.print_exc()
-        raise Refusal(str(error) if isinstance(error, Refusal) else f"{type(error).__name__}, see its log") from None
-    return Envelope(RecordDict({"generalists": ArrayRecord(answer), "told": ConfigRecord({"json": json.dumps(told)})}),
-                    reply_to=message)
+        raise
+    except Exception as error:  # Flower sends its message to the server, and it may quote the text
+        traceback.print_exc()
+        raise Refusal(f"{type(error).__name__}, see the log of this device") from None
+    return FlowerMessage(pack_reply(upload, report), reply_to=message)

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Certificates and keys for a federation: bash flower/keys.sh FOLDER HOST USER...
 #
-# ca.crt goes to everyone; server.pem and server.key to the SuperLink on HOST, a name or an address; USER (private) to
-# that user's device, USER.pub to whoever registers nodes; ca.key, which can sign more, into a drawer.
-# What is there already stays; so users can be added. Needs OpenSSL 3 and ssh-keygen.
+# ca.crt goes to every machine; server.pem and server.key to the SuperLink on HOST, a name or an
+# address; USER (private) to the device of that user, USER.pub to the person who registers nodes;
+# ca.key, which can sign more certificates, to a safe place.
+# Existing files stay, so that users can be added. Needs OpenSSL 3 and ssh-keygen.
 set -euo pipefail
 umask 077
 mkdir -p "$1"

@@ -1,12 +1,10 @@
-"""The server: it averages as train.py does, and continues from its own checkpoint.
+"""The server of a run over Flower. It averages as train.py does and has its own checkpoint.
 
     flwr run flower NAME --stream --run-config 'flags="--rounds 20" users="de,fr" out="out/server"'
 """
 
-import json
 import math
 import secrets
-import shlex
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,35 +12,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, MessageType, RecordDict
-from flwr.app import Message as Envelope
+from flwr.app import Context, MessageType, RecordDict
+from flwr.app import Message as FlowerMessage
 from flwr.serverapp import Grid, ServerApp
 
 from federated import Message
+from flower.messages import is_valid_report, pack_message, settings_of, unpack_reply, users_of
 from methods import METHODS
 from model import GENERALIST
 from support.errors import BadInput
-from support.files import locked, write, write_json, write_text
-from support.runs.measuring import result_of, table
-from support.runs.command_line import parsed
+from support.files import locked, write, write_json, write_lines
+from support.pretrained.base import Base
+from support.runs.evaluation import refused_uploads, result_of, table
 from support.runs.flags import refuse
 from support.runs.settings import Settings, plain
 from support.runs.start import starting_point
 from support.server import privacy
-from train import build_largest, build_model, build_server, called_of, drawn
+from train import build_largest, build_model, build_server, sample_clients, selected_per_round
 
-Answers = dict[str, tuple[Message, dict]]  # by user: generalists, and what else it told
-
-
-def sound(told: dict, last: bool) -> bool:
-    """Whether what a device told is what a run needs."""
-    kinds = {"weight": int | float, "lines": list} | ({"row": dict, "counts": dict} if last else {})
-    return (isinstance(told, dict) and all(isinstance(told.get(name), kind) for name, kind in kinds.items())
-            and all(isinstance(line, dict) and isinstance(line.get("round"), int) for line in told["lines"]))
+Replies = dict[str, tuple[Message, dict]]  # by user: its generalists and its report
 
 
 @dataclass(frozen=True, eq=False)
-class Remote:
+class RemoteUser:
     """What the server knows of a user."""
 
     name: str
@@ -50,161 +42,271 @@ class Remote:
     shared: dict[str, torch.Size]
 
 
-def settings_in(context: Context) -> Settings:
-    """The settings of a run, from the flags that it was started with. Raises BadInput."""
-    return parsed(shlex.split(str(context.run_config["flags"])))
-
-
-def check(settings: Settings, names: list[str], secret: bool) -> None:
-    """secret: whether only sums of updates reach the server. Raises BadInput."""
+def check(settings: Settings, names: list[str]) -> None:
+    """Raise BadInput for what only train.py can do."""
     method = METHODS[settings.method]
-    for wrong, name, why in (
-        (len(names) != settings.users or len(set(names)) < len(names), "users",
-         f"needs as many different names, not {','.join(names)}"),
-        (method.pooled, "method", "needs everyone's text in one place"),
-        (not method.server.bounded, "method", "isn't an average of updates"),
-        (settings.target == "mixed", "target", "a device has its own text only"),
-        (settings.drop_rate, "drop_rate", "real devices vanish by themselves"),
-        (called_of(settings)[1] == 1 < settings.users, "participation", "calls one user, whom no other could hide"),
-        (settings.device != "cpu", "device", "would be the same for everyone"),
-        (secret and not 1 < settings.users < 1000, "users", "can't be so many where updates are secret"),
-        (secret and not settings.clip_update, "clip_update", "is needed where updates are secret"),
-        (secret and settings.average != "uniform", "average", "isn't possible where updates are secret"),
-        (secret and GENERALIST in method.roles.values() and len(set(settings.specialists)) > 1, "method",
-         "averages experts that not all users have, which isn't possible where updates are secret"),
-    ):
-        if wrong:
-            refuse(name, getattr(settings, name), why, "correct that, or use train.py")
+    if len(names) != settings.users or len(set(names)) < len(names):
+        refuse("users", settings.users, f"the run config names {', '.join(names)}",
+               "name each user once")
+    if method.pooled:
+        refuse("method", settings.method, "needs all users' text in one place", "use train.py")
+    if not method.clippable:
+        refuse("method", settings.method, "isn't an average of updates", "use train.py")
+    if settings.target == "mixed":
+        refuse("target", "mixed", "a device has its own text only", "use train.py")
+    if settings.drop_rate:
+        refuse("drop_rate", settings.drop_rate, "real devices disappear by themselves",
+               "leave it out")
+    if selected_per_round(settings) == 1 < settings.users:
+        refuse("participation", settings.participation,
+               "selects a single user, whose update would be public", "use a larger one")
+    if settings.device != "cpu":
+        refuse("device", settings.device, "would be the same on all devices", "leave it out")
 
 
-class Federation:
-    """A run's server. send: gives messages to users in a round, and returns the answers that came. secret: as in check.
-    Raises BadInput."""
+Shapes = dict[str, torch.Size]  # of a user's generalists, by name
+
+
+def generalist_shapes(settings: Settings, base: Base, names: list[str]) -> dict[str, Shapes]:
+    """For each user, the names and shapes of its generalists."""
+    shapes = {}
+    for number, name in enumerate(names):
+        size = settings.specialists[number], settings.lora_rank[number]
+        model = build_model(settings, base, *size, "shapes")
+        shapes[name] = {key: tensor.shape for key, tensor in model.having(GENERALIST).items()}
+    return shapes
+
+
+class ServerRun:
+    """A run of the server, at its start or where its checkpoint left it. Raises BadInput.
+
+    send: sends each user its generalists for a round, and returns the replies that arrived:
+        send(run_id, number, {user: message})
+    """
 
     def __init__(self, settings: Settings, names: list[str], out: Path,
-                 send: Callable[[str, int, dict[str, Message]], Answers], secret: bool = False):
-        check(settings, names, secret)
-        self.settings, self.names, self.out, self.send, self.began = settings, names, out, send, time.perf_counter()
-        self.what = plain(settings) | {"names": names, "secret": secret}
-        base, sizes = starting_point(settings), list(zip(settings.specialists, settings.lora_rank, strict=True))
+                 send: Callable[[str, int, dict[str, Message]], Replies]):
+        check(settings, names)
+        self.start_time = time.perf_counter()
+        self.settings = settings
+        self.names = names
+        self.out = out
+        self.send = send
+        base = starting_point(settings)
         self.server = build_server(settings, build_largest(settings, base, "server"))
         if settings.dp_noise:
-            self.server.generator = None  # the devices know the run's seed
-        shapes = {size: {key: parameter.shape for key, parameter in build_model(
-            settings, base, *size, "shapes").having(GENERALIST).items()} for size in set(sizes)}
-        self.shared = {name: shapes[size] for name, size in zip(names, sizes, strict=True)}
-        self.run, self.done, self.lines, self.whole = secrets.token_hex(8), 0, {}, True
-        self.path = out / "server.pt"
+            self.server.generator = None  # devices know the seed, so the operating system draws
+        self.shapes = generalist_shapes(settings, base, names)
+        self.run_id = secrets.token_hex(8)
+        self.rounds_done = 0
+        self.lines = {}  # of metrics.jsonl, by round and user
+        self.complete = True  # whether each average contains all selected users
         try:
             self.lock = locked(out)
         except BlockingIOError:
-            raise BadInput(f"`out` {out}: another server works in it; wait until it has ended") from None
+            refuse("out", str(out), "another server works in it", "wait until it has ended")
+        self.path = out / "server.pt"
         if self.path.exists():
-            saved = torch.load(self.path, weights_only=True)
-            if saved["what"] != self.what:
-                raise BadInput(f"`out` {out}: holds another run; take another folder")
-            self.server.load(saved["server"])
-            self.run, self.done, self.lines, self.whole = (saved[name] for name in ("run", "round", "lines", "whole"))
-            self.began -= saved["seconds"]
+            self.restore(torch.load(self.path, weights_only=True))
         else:
-            self.save(0)  # so that a run that is started again is the same to its devices
-
-    def ask(self, number: int, names: list[str]) -> Answers:
-        came = self.send(self.run, number, {name: self.server.give(self.shared[name]) for name in names})
-        answers = {name: answer for name, answer in came.items() if sound(answer[1], number > self.settings.rounds)}
-        for name, (_, told) in answers.items():
-            self.lines |= {(line["round"], self.names.index(name)): line | {"user": name} for line in told["lines"]}
-        return answers
-
-    def weight(self, told: dict) -> float:
-        """What a user asks for, where weights are tokens; 0, if that is no weight."""
-        asked = told["weight"] if self.settings.average == "tokens" else 1.0
-        return asked if 0 < asked < math.inf else 0.0
+            self.save(0)  # so that a server that is started again has the same run_id
 
     def play(self) -> dict:
-        """Play the rounds that are left; returns what result.json holds. A round with a single answer passes."""
-        for number in range(self.done + 1, self.settings.rounds + 1):
-            called = [self.names[i] for i in drawn(self.settings, number)[0]]
-            answers, refused = self.ask(number, called), len(self.server.refused)
-            if len(answers) >= min(2, len(self.names)):
-                self.server.take({Remote(name, weight, self.shared[name]): answers[name][0]
-                                  for name in self.names  # in this order, whoever came first
-                                  if name in answers and (weight := self.weight(answers[name][1]))})
-            self.whole &= len(answers) == len(called)  # everyone who was called is in the average
-            print(f"round {number}: {len(answers)} of {len(called)} answered", flush=True)
-            for name, reason in self.server.refused[refused:]:
-                print(f"round {number}: the answer of user {name} was refused: {reason}", flush=True)
+        """Play the rounds that are left. Returns the content of result.json."""
+        for number in range(self.rounds_done + 1, self.settings.rounds + 1):
+            self.play_round(number)
             self.save(number)
-        answers = self.ask(self.settings.rounds + 1, self.names)
-        if missing := [name for name in self.names if name not in answers]:
-            print(f"the result is without {', '.join(missing)}, who didn't answer", flush=True)
-        if not (told := [answers[name][1] for name in self.names if name in answers]):
-            raise BadInput("nobody is left to be tested; start this run again when devices are there")
-        result = result_of(self.settings, [each["row"] for each in told], [each["counts"] for each in told],
-                           len(self.server.refused), time.perf_counter() - self.began) | self.privacy()
-        write_text(self.out / "metrics.jsonl", "".join(json.dumps(self.lines[key]) + "\n"
-                                                                   for key in sorted(self.lines)))
+        result = self.result()
+        lines = [self.lines[key] for key in sorted(self.lines)]
+        write_lines(self.out / "metrics.jsonl", lines)
         write_json(self.out / "result.json", result)
         return result
 
-    def privacy(self) -> dict:
-        """The devices know the seed, and with it who was called when: so that hides nobody, and who was called most
-        often counts."""
-        most = max(Counter(i for number in range(self.settings.rounds) for i in drawn(self.settings, number + 1)[0])
-                   .values())
-        return privacy.guarantee(self.settings, len(self.names), len(self.names), most,
-                                 whole=self.whole and not self.server.refused)
+    def play_round(self, number: int) -> None:
+        """Train the selected users and average their uploads.
+
+        With a single reply the average stays as it is.
+        """
+        selected = [self.names[i] for i in sample_clients(self.settings, number)[0]]
+        replies = self.train(number, selected)
+        refused_before = len(self.server.refused)
+        if len(replies) >= min(2, len(self.names)):
+            self.server.aggregate(self.uploads(replies))
+        if len(replies) < len(selected):
+            self.complete = False
+        print(f"round {number}: {len(replies)} of {len(selected)} replied", flush=True)
+        for line in refused_uploads(number, self.server.refused[refused_before:]):
+            print(line, flush=True)
+
+    def train(self, number: int, names: list[str]) -> Replies:
+        """The valid replies of these users to round `number`."""
+        messages = {name: self.server.broadcast(self.shapes[name]) for name in names}
+        replies = {}
+        for name, (upload, report) in self.send(self.run_id, number, messages).items():
+            if not is_valid_report(report, last=number > self.settings.rounds):
+                continue
+            replies[name] = upload, report
+            for line in report["lines"]:
+                key = line["round"], self.names.index(name)
+                self.lines[key] = line | {"user": name}
+        return replies
+
+    def uploads(self, replies: Replies) -> dict[RemoteUser, Message]:
+        """The uploads with valid weights, in the order of all users, whichever came first."""
+        uploads = {}
+        for name in self.names:
+            if name not in replies:
+                continue
+            upload, report = replies[name]
+            weight = report["weight"] if self.settings.average == "tokens" else 1.0
+            if 0 < weight < math.inf:
+                uploads[RemoteUser(name, weight, self.shapes[name])] = upload
+        return uploads
+
+    def result(self) -> dict:
+        """Let all users evaluate the last average. Returns the content of result.json."""
+        replies = self.train(self.settings.rounds + 1, self.names)
+        missing = [name for name in self.names if name not in replies]
+        if len(missing) == len(self.names):
+            raise BadInput("no device replied to the evaluation; start this run again when devices "
+                           "are there")
+        if missing:
+            print(f"the result is without {', '.join(missing)}: no reply", flush=True)
+        reports = [replies[name][1] for name in self.names if name in replies]
+        rows = [report["row"] for report in reports]
+        counts = [report["counters"] for report in reports]
+        seconds = time.perf_counter() - self.start_time
+        refused = len(self.server.refused)
+        return result_of(self.settings, rows, counts, refused, seconds, self.guarantee())
+
+    def guarantee(self) -> dict:
+        """The guarantee for the user that was selected most often.
+
+        The devices know the seed, and with it who was selected: being left out hides nobody.
+        """
+        selections = Counter()
+        for number in range(1, self.settings.rounds + 1):
+            selections.update(sample_clients(self.settings, number)[0])
+        users = len(self.names)
+        rounds = max(selections.values())
+        complete = self.complete and not self.server.refused
+        return privacy.guarantee(self.settings.dp_noise, users, users, rounds, complete)
+
+    @property
+    def identity(self) -> dict:
+        """What a checkpoint must have in common with this run."""
+        return plain(self.settings) | {"names": self.names}
 
     def save(self, number: int) -> None:
-        state = {"what": self.what, "run": self.run, "round": number, "whole": self.whole, "lines": self.lines,
-                 "server": self.server.state(), "seconds": time.perf_counter() - self.began}
+        """Write the checkpoint after round `number`."""
+        state = {
+            "identity": self.identity,
+            "run_id": self.run_id,
+            "round": number,
+            "complete": self.complete,
+            "lines": self.lines,
+            "server": self.server.state(),
+            "seconds": time.perf_counter() - self.start_time,
+        }
         write(self.path, lambda path: torch.save(state, path))
 
+    def restore(self, state: dict) -> None:
+        """Continue from a checkpoint. Raises BadInput if it is another run's."""
+        if state["identity"] != self.identity:
+            refuse("out", str(self.out), "holds another run", "use another folder")
+        self.run_id = state["run_id"]
+        self.rounds_done = state["round"]
+        self.complete = state["complete"]
+        self.lines = state["lines"]
+        self.server.load(state["server"])
+        self.start_time -= state["seconds"]
 
-AGAIN = 60.0  # seconds until a node that failed is asked again, and that a new one has to say whose it is
+
+RETRY = 60.0  # seconds until a failed node gets a message again, and to reply with a name
+
+
+class BadReply(ValueError):
+    """A reply that is an error, or that doesn't hold what it should."""
+
+
+def read_reply(reply: FlowerMessage) -> tuple[Message, dict]:
+    """A device's generalists and its report. Raises BadReply."""
+    if reply.has_error():
+        raise BadReply(reply.error.reason)
+    try:
+        return unpack_reply(reply.content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadReply(f"not a valid reply: {error!r}") from None
 
 
 class Nodes:
-    """Users by way of Flower: a node says whose it is, and whoever comes back is asked again, as another node."""
+    """The users, reached as nodes of Flower's grid. A node that comes back gets its message again.
+
+    patience: seconds that a round waits for replies. pause: seconds between two polls.
+    """
 
     def __init__(self, grid: Grid, patience: float, pause: float = 3.0):
-        self.grid, self.patience, self.pause = grid, patience, pause
-        self.owner, self.gone = {}, {}  # node -> user; nodes that failed -> when that was
+        self.grid = grid
+        self.patience = patience
+        self.pause = pause
+        self.users = {}  # node -> name of its user
+        self.failed = {}  # node -> when it failed
 
-    def greet(self) -> dict[str, int]:
-        """Each user's node, after asking new ones whose they are. Of two with one name the first counts."""
-        there = {node for node in self.grid.get_node_ids() if time.monotonic() - self.gone.get(node, -AGAIN) >= AGAIN}
-        new = [Envelope(RecordDict(), node, MessageType.QUERY) for node in there - self.owner.keys()]
-        told = self.grid.send_and_receive(new, timeout=AGAIN) if new else ()
-        names = {reply.metadata.src_node_id: reply.content["told"]["user"] for reply in told if not reply.has_error()}
-        self.owner = {node: name for node, name in self.owner.items() if node in there} | names
-        self.gone |= dict.fromkeys({question.metadata.dst_node_id for question in new} - names.keys(), time.monotonic())
-        return {name: node for node, name in reversed(self.owner.items())}
+    def find(self) -> dict[str, int]:
+        """The node of each user; the first, if two have the same name."""
+        now = time.monotonic()
+        nodes = []
+        for node in self.grid.get_node_ids():
+            if node not in self.failed or now - self.failed[node] >= RETRY:
+                nodes.append(node)
+        new = [node for node in nodes if node not in self.users]
+        self.users = {node: name for node, name in self.users.items() if node in nodes}
+        if new:
+            self.ask_names(new)
+        found = {}
+        for node, name in self.users.items():
+            found.setdefault(name, node)
+        return found
 
-    def send(self, run: str, number: int, messages: dict[str, Message]) -> Answers:
-        """Raises nothing: whoever hasn't answered when patience ends has no part in the round."""
-        answers, asked, until = {}, {}, time.monotonic() + self.patience  # asked: message -> user, node
-        while len(answers) < len(messages) and time.monotonic() < until:
-            nodes = self.greet()
-            letters = {name: Envelope(
-                RecordDict({"generalists": ArrayRecord(messages[name]), "asked": ConfigRecord({
-                    "run": run, "round": number})}), nodes[name], MessageType.TRAIN, group_id=str(number),
-                ttl=until - time.monotonic() + self.pause)
-                for name in nodes.keys() & messages.keys() - answers.keys() - {name for name, _ in asked.values()}}
-            if letters:
-                pushed = zip(self.grid.push_messages(letters.values()), letters, strict=False)
-                asked |= {message: (name, nodes[name]) for message, name in pushed if message}
-            for reply in self.grid.pull_messages(list(asked)):
-                name, node = asked.pop(reply.metadata.reply_to_message_id)
+    def ask_names(self, nodes: list[int]) -> None:
+        """Ask nodes for their users' names. A node that doesn't reply has failed."""
+        questions = [FlowerMessage(RecordDict(), node, MessageType.QUERY) for node in nodes]
+        for reply in self.grid.send_and_receive(questions, timeout=RETRY):
+            if not reply.has_error():
+                self.users[reply.metadata.src_node_id] = reply.content["user"]["name"]
+        for node in nodes:
+            if node not in self.users:
+                self.failed[node] = time.monotonic()
+
+    def send(self, run: str, number: int, messages: dict[str, Message]) -> Replies:
+        """Send users their messages for round `number`. Returns the replies that arrive in time."""
+        replies = {}
+        waiting = {}  # id of a message -> user, node
+        end = time.monotonic() + self.patience
+        while len(replies) < len(messages) and time.monotonic() < end:
+            sent = [name for name, _ in waiting.values()]
+            for name, node in self.find().items():
+                if name in messages and name not in replies and name not in sent:
+                    content = pack_message(messages[name], run, number)
+                    message_id = self.push(node, content, number, end)
+                    if message_id:
+                        waiting[message_id] = name, node
+            for reply in self.grid.pull_messages(list(waiting)):
+                name, node = waiting.pop(reply.metadata.reply_to_message_id)
                 try:
-                    told = json.loads(reply.content["told"]["json"])  # ValueError, where it is an error
-                    answers[name] = dict(reply.content["generalists"].to_torch_state_dict()), told
-                except (ValueError, KeyError, TypeError) as error:
-                    why = reply.error.reason if reply.has_error() else f"not an answer: {error!r}"
-                    print(f"round {number}, user {name}: {why}", flush=True)
-                    self.gone[node] = time.monotonic()
+                    replies[name] = read_reply(reply)
+                except BadReply as error:
+                    print(f"round {number}, user {name}: {error}", flush=True)
+                    self.failed[node] = time.monotonic()
             time.sleep(self.pause)
-        return answers
+        return replies
+
+    def push(self, node: int, content: RecordDict, number: int, end: float) -> str | None:
+        """Send a message, which expires when the round ends. Returns its id, if it worked."""
+        seconds = end - time.monotonic() + self.pause
+        message = FlowerMessage(content, node, MessageType.TRAIN, group_id=str(number), ttl=seconds)
+        ids = list(self.grid.push_messages([message]))
+        return ids[0] if ids else None
 
 
 app = ServerApp()
@@ -212,11 +314,8 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    run = context.run_config
-    settings, names = settings_in(context), str(run["users"]).split(",")
-    out, patience, secret = Path(str(run["out"])), float(run["patience"]), bool(run["secret"])
-    nodes = Nodes(grid, patience)
-    if secret:
-        from flower.secret import Sums
-        nodes = Sums(grid, patience, context, settings.clip_update, settings.rounds)
-    print(table(Federation(settings, names, out, nodes.send, secret).play(), out), flush=True)
+    config = context.run_config
+    out = Path(str(config["out"]))
+    nodes = Nodes(grid, float(config["patience"]))
+    run = ServerRun(settings_of(context), users_of(context), out, nodes.send)
+    print(table(run.play(), out), flush=True)

@@ -1,5 +1,4 @@
-"""Between the users and the server: answers that can't be averaged are refused, long updates are clipped, the average
-gets noise.
+"""A guard around the server: it refuses broken uploads, clips updates and adds noise.
 
     server = Guard(Server(generalists), bound=1.0, noise=0.5, generator=torch.Generator())
 """
@@ -12,82 +11,113 @@ from torch import Tensor
 
 from federated import Message, Server, User
 
-LARGEST = 1e30  # a number that an answer may hold, so that sums stay finite
+LARGEST = 1e30  # the largest number that an upload may contain, so that sums stay finite
 
 
-def fault(answer: Message, wanted: dict[str, torch.Size], held: Message) -> str | None:
-    """Why an answer can't be averaged, unless it is finite tensors of the names, shapes and types that are wanted."""
-    if not isinstance(answer, dict) or answer.keys() != wanted.keys():
+def check_upload(upload: Message, shapes: dict[str, torch.Size], held: Message) -> str | None:
+    """Why an upload can't be averaged, or None if it can.
+
+    shapes: the names and shapes of the user's generalists. held: the server's generalists.
+    """
+    if not isinstance(upload, dict) or upload.keys() != shapes.keys():
         return "not the tensors that are wanted"
-    for name, tensor in answer.items():
-        if not isinstance(tensor, Tensor) or tensor.dtype != held[name].dtype:
-            return f"{name} isn't {held[name].dtype}"
-        if tensor.shape != wanted[name]:
-            return f"{name} has shape {tuple(tensor.shape)}, not {tuple(wanted[name])}"
-        if not (tensor.abs() < LARGEST).all():
-            return f"{name} isn't finite, or beyond {LARGEST:.0e}"
+    for name, tensor in upload.items():
+        problem = check_tensor(tensor, shapes[name], held[name].dtype)
+        if problem:
+            return f"{name} {problem}"
     return None
 
 
-def clip(answer: Message, held: Message, bound: float) -> Message:
-    """The update Δ_i = θ_i^G − θ^G, made shorter where it is longer than the bound: θ^G + Δ_i · min(1, C / ‖Δ_i‖)."""
-    norm = sum((tensor - held[name]).square().sum() for name, tensor in answer.items()) ** 0.5
-    return {name: torch.lerp(held[name], tensor, min(1.0, bound / max(norm.item(), 1e-12)))
-            for name, tensor in answer.items()}
+def check_tensor(tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> str | None:
+    """Why a tensor can't be averaged, or None if it can."""
+    if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+        return f"isn't {dtype}"
+    if tensor.shape != shape:
+        return f"has shape {tuple(tensor.shape)}, not {tuple(shape)}"
+    if not (tensor.abs() < LARGEST).all():  # also for NaN
+        return f"isn't finite, or beyond {LARGEST:.0e}"
+    return None
 
 
-def secret_normal(shape: torch.Size) -> Tensor:
-    """Numbers from N(0, 1), from the operating system: √2 · erf⁻¹(2u − 1), with u from (0, 1), of 52 bits."""
+def clip(upload: Message, held: Message, bound: float) -> Message:
+    """θ^G + Δ_i · min(1, C / ‖Δ_i‖), for the update Δ_i = θ_i^G − θ^G and the bound C."""
+    squares = sum((tensor - held[name]).square().sum() for name, tensor in upload.items())
+    norm = (squares ** 0.5).item()
+    factor = min(1.0, bound / max(norm, 1e-12))
+    return {name: torch.lerp(held[name], tensor, factor) for name, tensor in upload.items()}
+
+
+def system_normal(shape: torch.Size) -> Tensor:
+    """Samples of N(0, 1) from the operating system's randomness, which nobody can draw again.
+
+    √2 · erf⁻¹(2u − 1), where u is uniform on (0, 1) and has 52 random bits.
+    """
     bits = np.frombuffer(secrets.token_bytes(8 * shape.numel()), np.uint64) >> 12
-    return 2 ** 0.5 * torch.erfinv(torch.from_numpy((bits + 0.5) / 2 ** 51 - 1)).view(shape)
+    uniform = torch.from_numpy((bits + 0.5) / 2 ** 51 - 1)  # on (−1, 1)
+    return 2 ** 0.5 * torch.erfinv(uniform).view(shape)
 
 
 class Guard:
     """A server behind a guard.
 
-    bound: C, of an update's norm, if there is one. noise: z; with a bound, every number of an average of n answers gets
-    noise from N(0, (z·C/n)²) (DP-FedAvg, McMahan et al. 2018, for equal weights). It is drawn by the generator; without
-    one, from the operating system, so that nobody can draw it again.
+    bound: C, the largest norm of an update; None doesn't clip.
+    noise: z. With a bound, each number of an average of n uploads gets noise from N(0, (z·C/n)²),
+        as in DP-FedAvg with equal weights (McMahan et al. 2018).
+    generator: draws the noise; without one, the operating system does.
     """
 
     def __init__(self, server: Server, bound: float | None = None, noise: float = 0.0,
                  generator: torch.Generator | None = None):
-        self.server, self.bound, self.noise, self.generator = server, bound, noise, generator
-        self.refused: list[tuple[str, str]] = []  # users, and what was wrong with their answers
+        self.server = server
+        self.bound = bound
+        self.noise = noise
+        self.generator = generator
+        self.refused: list[tuple[str, str]] = []  # users, and why their uploads were refused
 
     @property
     def generalists(self) -> Message:
         return self.server.generalists
 
-    def give(self, shapes: dict[str, torch.Size]) -> Message:
-        return self.server.give(shapes)
+    def broadcast(self, shapes: dict[str, torch.Size]) -> Message:
+        return self.server.broadcast(shapes)
 
-    def take(self, answers: dict[User, Message]) -> int:
-        sound = {}
-        for user, answer in answers.items():
-            if reason := fault(answer, user.shared, self.generalists):
-                self.refused.append((user.name, reason))
+    def aggregate(self, uploads: dict[User, Message]) -> int:
+        """Average the uploads that can be averaged. Returns how many they are."""
+        accepted = {}
+        for user, upload in uploads.items():
+            problem = check_upload(upload, user.shared, self.generalists)
+            if problem:
+                self.refused.append((user.name, problem))
+            elif self.bound:
+                accepted[user] = clip(upload, self.generalists, self.bound)
             else:
-                sound[user] = clip(answer, self.generalists, self.bound) if self.bound else answer
-        n = self.server.take(sound)
-        if n and self.bound and self.noise:
-            self.blur(self.noise * self.bound / n)
-        return n
+                accepted[user] = upload
+        count = self.server.aggregate(accepted)
+        if count and self.bound and self.noise:
+            self.add_noise(self.noise * self.bound / count)
+        return count
 
-    def blur(self, spread: float) -> None:
-        """θ^G ← θ^G + N(0, spread²)."""
+    def add_noise(self, deviation: float) -> None:
+        """θ^G ← θ^G + N(0, deviation²)."""
         for name, tensor in self.generalists.items():
-            normal = (torch.randn(tensor.shape, generator=self.generator) if self.generator
-                      else secret_normal(tensor.shape))
-            self.generalists[name] = tensor + spread * normal.to(tensor)
+            if self.generator:
+                normal = torch.randn(tensor.shape, generator=self.generator)
+            else:
+                normal = system_normal(tensor.shape)
+            self.generalists[name] = tensor + deviation * normal.to(tensor)
 
     def state(self) -> dict:
-        """Everything that the next rounds depend on, and who was refused."""
-        return {"generalists": self.generalists, "memory": self.server.memory, "refused": self.refused,
-                "generator": self.generator and self.generator.get_state()}
+        """Everything that the next rounds depend on, and the refused uploads."""
+        return {
+            "generalists": self.generalists,
+            "memory": self.server.memory,
+            "refused": self.refused,
+            "generator": self.generator.get_state() if self.generator else None,
+        }
 
     def load(self, state: dict) -> None:
-        self.server.generalists, self.server.memory = state["generalists"], state["memory"]
+        self.server.generalists = state["generalists"]
+        self.server.memory = state["memory"]
         self.refused = state["refused"]
         if self.generator:
             self.generator.set_state(state["generator"].cpu())
