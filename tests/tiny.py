@@ -12,12 +12,12 @@ from model import BACKBONE, GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfi
 from rivals import JudgingUser
 
 SHAPE = dict(vocab_size=11, block_size=6, n_layer=2, n_head=2, n_embd=8)
-LLAMA = dict(n_kv_head=1, n_hidden=12, feed_forward="swiglu", norm="rms", rotary_base=100.0, rotary_factors=[1.0, 2.0],
-             bias=False, tied=False)
+LLAMA = dict(n_kv_head=1, n_hidden=12, feed_forward="swiglu", norm="rms", rotary_base=100.0,
+             rotary_factors=[1.0, 2.0], bias=False, tied=False)
 
 
 def same(one: dict, two: dict) -> bool:
-    """Whether two dictionaries of tensors are the same to the last bit, as far as the first one goes."""
+    """Whether two dictionaries hold the same bits, for the names in the first one."""
     return all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
@@ -37,8 +37,9 @@ class Batches:
 
 
 def tiny(seed: int = 0, spread: float = 0.5, **config) -> GPT:
-    """A model in float64 with weights from N(0, spread²), large enough for all its parts to show."""
-    model, generator = GPT(GPTConfig(**SHAPE | config)).double(), seeded(seed)
+    """A model in float64 with weights from N(0, spread²), large enough for all parts to show."""
+    model = GPT(GPTConfig(**SHAPE | config)).double()
+    generator = seeded(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, spread, generator=generator)
@@ -57,9 +58,12 @@ def tiny_user(method: str = "comigs", seed: int = 0, schedule=constant, **config
     """A user of a method, with a model and text of its own; its experts follow the schedule."""
     row = METHODS[method]
     model = tiny(seed, 0.3, **{"routed": row.routed, "roles": row.roles} | config)
-    lower = row.level(model.having(GENERALIST, SPECIALIST), Batches(seed), 1e-2, 0.1, schedule, row.hyper)
+    experts = model.having(GENERALIST, SPECIALIST)
+    lower = row.level(experts, Batches(seed), 1e-2, 0.1, schedule, row.hyper)
     router = model.having(ROUTER)
-    upper = row.router_level(router, Batches(seed + 100), 1e-2, 0.0, constant, row.hyper) if router else None
+    upper = None
+    if router:
+        upper = row.router_level(router, Batches(seed + 100), 1e-2, 0.0, constant, row.hyper)
     user = row.user(f"user{seed}", model, lower, upper, hyper=row.hyper)
     if isinstance(user, JudgingUser):
         user.validation_windows = lambda: iter([next(Batches(seed + 200))])
@@ -67,7 +71,7 @@ def tiny_user(method: str = "comigs", seed: int = 0, schedule=constant, **config
 
 
 class Watched(TorchDispatchMode):
-    """Watches what is computed: the size of the largest tensor that is made, and how many rows go through GELU."""
+    """Records the size of the largest tensor that is made, and how many rows go through GELU."""
 
     largest = rows = 0
 
@@ -81,7 +85,8 @@ class Watched(TorchDispatchMode):
 
 def bits(user: User, *roles: str) -> dict[str, torch.Tensor]:
     """Copies of a user's parameters that have one of these roles, or of all."""
-    return {name: parameter.detach().clone() for name, parameter in user.model.having(*roles or ROLES).items()}
+    parameters = user.model.having(*roles or ROLES)
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,42 +99,58 @@ class Stranger:
 
 
 class Wire:
-    """A server as users see it. It keeps what goes either way, and shows the server strangers in place of users."""
+    """A server that records every message, and shows the server strangers instead of users."""
 
     def __init__(self, server: Server):
-        self.server, self.down, self.up = server, [], {}
+        self.server = server
+        self.down = []
+        self.up = {}
 
     def broadcast(self, shapes: dict[str, torch.Size]) -> Message:
-        self.down.append(self.server.broadcast(shapes))
-        return self.down[-1]
+        message = self.server.broadcast(shapes)
+        self.down.append(message)
+        return message
 
-    def aggregate(self, answers: dict[User, Message]) -> int:
-        self.up = answers
-        return self.server.aggregate({Stranger(user.name, user.weight, user.shared): answer
-                                 for user, answer in answers.items()})
+    def aggregate(self, uploads: dict[User, Message]) -> int:
+        self.up = uploads
+        strangers = {}
+        for user, message in uploads.items():
+            strangers[Stranger(user.name, user.weight, user.shared)] = message
+        return self.server.aggregate(strangers)
 
 
 def memory(tensors) -> set[int]:
+    """The addresses of the tensors' numbers."""
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
 def play(server: Server, users: list[User], rounds: int = 2, dropped=()) -> Server:
-    """Some rounds, in which everything that crosses is generalists of the user's, in memory that no model uses, without
-    gradients, and counted. An answer is what the user's model holds; everyone answers who isn't dropped."""
+    """Some rounds, in which every message is checked.
+
+    Messages hold generalists of the user and nothing else, in memory that no model uses, without
+    gradients, and their bytes are counted. Every user uploads who isn't dropped.
+    """
     for _ in range(rounds):
-        wire, before = Wire(server), [(user.bytes_down, user.bytes_up) for user in users]
-        federated_round(wire, users, Rhythm(local_steps=3, router_every=2, router_steps=1), dropped)
+        wire = Wire(server)
+        before = [(user.bytes_down, user.bytes_up) for user in users]
+        rhythm = Rhythm(local_steps=3, router_every=2, router_steps=1)
+        federated_round(wire, users, rhythm, dropped)
         assert wire.up.keys() == set(users) - set(dropped)
         private = memory(parameter for user in users for parameter in user.model.parameters())
-        for user, given, (down, up) in zip(users, wire.down, before, strict=True):
-            answer, generalists = wire.up.get(user, {}), user.model.having(GENERALIST)
-            assert answer.keys() == (given.keys() if user in wire.up else set())
-            assert given.keys() == generalists.keys()
-            for tensor in (*given.values(), *answer.values()):
+        for user, download, (bytes_down, bytes_up) in zip(users, wire.down, before, strict=True):
+            upload = wire.up.get(user, {})
+            generalists = user.model.having(GENERALIST)
+            assert download.keys() == generalists.keys()
+            if user in wire.up:
+                assert upload.keys() == generalists.keys()
+            for tensor in (*download.values(), *upload.values()):
                 assert type(tensor) is torch.Tensor  # and no parameter
-                assert (tensor.requires_grad, tensor.grad_fn) == (False, None)
-            assert all(torch.equal(tensor, generalists[name]) for name, tensor in answer.items())
-            crossed = [*given.values(), *answer.values(), *server.generalists.values()]
+                assert tensor.requires_grad is False
+                assert tensor.grad_fn is None
+            for name, tensor in upload.items():
+                assert torch.equal(tensor, generalists[name])
+            crossed = [*download.values(), *upload.values(), *server.generalists.values()]
             assert not memory(crossed) & private
-            assert (user.bytes_down - down, user.bytes_up - up) == (size_of(given), size_of(answer))
+            assert user.bytes_down - bytes_down == size_of(download)
+            assert user.bytes_up - bytes_up == size_of(upload)
     return server
