@@ -25,7 +25,8 @@ from support.errors import BadInput
 from support.files import write
 from support.runs.folder import restore_user, states
 from support.runs.measuring import check_loss, counts_of, line_of, row_of, untrained
-from support.runs.settings import Settings, flags
+from support.runs.flags import flags
+from support.runs.settings import Settings
 from support.runs.start import starting_point
 from train import build_largest, build_own, rhythm_of
 

@@ -24,7 +24,9 @@ from model import GENERALIST
 from support.errors import BadInput
 from support.files import locked, write, write_json, write_text
 from support.runs.measuring import result_of, table
-from support.runs.settings import Settings, parsed, plain, refuse
+from support.runs.command_line import parsed
+from support.runs.flags import refuse
+from support.runs.settings import Settings, plain
 from support.runs.start import starting_point
 from support.server import privacy
 from train import build_largest, build_model, build_server, called_of, drawn

@@ -26,7 +26,8 @@ import data
 from support.errors import BadInput
 from support.files import write_text
 from support.runs.folder import settings_of
-from support.runs.settings import Settings, as_arguments, status_of
+from support.runs.command_line import as_arguments, run_command
+from support.runs.settings import Settings
 from support.runs.start import starting_point
 
 HERE = Path(__file__).parent
@@ -131,7 +132,7 @@ def try_it(settings: Settings, secret: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     flags = sys.argv[1:] if arguments is None else arguments
-    return status_of("flower.try_it", lambda: try_it(settings_of([flag for flag in flags if flag != "--secret"]),
+    return run_command("flower.try_it", lambda: try_it(settings_of([flag for flag in flags if flag != "--secret"]),
                                                      "--secret" in flags), "its logs are kept")
 
 

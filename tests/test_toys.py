@@ -33,9 +33,9 @@ def test_where_the_alternation_ends_and_how_far_that_is_from_the_bilevel_optimum
     The true problem: Θ*(φ) = φ, so L_valid(Θ*(φ), φ) = (φ − 1)²/2 + φ²/2 is least at φ = Θ = 1/2.
     Its value there is 1/4.
 
-    The alternation ends where ∂L_train/∂Θ = Θ − φ = 0 and, with Θ held fixed, ∂L_valid/∂φ = φ = 0.
-    So it ends at φ = Θ = 0, at a distance of 1/2 in each, with L_valid = 1/2. The hypergradient that
-    it drops is (Θ − 1) · dΘ*/dφ = −1 there.
+    The alternation ends where ∂L_train/∂Θ = Θ − φ = 0 and, with Θ held fixed, ∂L_valid/∂φ = φ = 0:
+    at φ = Θ = 0, a distance of 1/2 in each, with L_valid = 1/2. The hypergradient that it drops is
+    (Θ − 1) · dΘ*/dφ = −1 there.
     """
     model = Quadratic()
     schedule = cosine(steps=1500, warmup=0)
@@ -98,7 +98,7 @@ def test_generalists_get_more_weight_if_validation_text_is_a_mix_of_both_users()
 
 
 def test_a_router_taught_on_training_text_prefers_specialists_which_have_memorized_it():
-    """Text is noise: ten tokens at random. Each user has seen twenty of them, and memorizes them."""
+    """Text is noise: ten tokens at random. Each user trains on twenty, and memorizes them."""
     train = [torch.randint(10, (20,), generator=seeded(seed)) for seed in (0, 1)]
     unseen = [torch.randint(10, (1000,), generator=seeded(seed)) for seed in (10, 11)]
     on_train = generalist_shares(train, valid=train)
