@@ -3,14 +3,14 @@
     python compare.py --methods local,fedavg,comigs --seeds 3 [any flag of train.py]
     python compare.py --methods local,fedavg,comigs --rates 2e-3,6e-3,2e-2 --plot
 
-A run that is already in the folder, with the same settings, isn't run again, and one that was cut off is continued, so
-this can be stopped and started again. (Where text or a base has been replaced under the same name, give another
---out.)
+A run that is already in the folder with the same settings isn't repeated, and one that was cut off
+is resumed, so this command can be stopped and started again. (If text or a base was replaced under
+the same name, use another --out.)
 """
 
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,20 +19,11 @@ from methods import METHODS
 from support.errors import BadInput, Diverged, optional
 from support.files import read_json
 from support.report import plots
-from support.report.tables import caption, summarize, write_all
-from support.runs.folder import code, doubts, json_of
-from support.runs.settings import (
-    HYPER,
-    Settings,
-    as_flags,
-    check,
-    given_in,
-    parsed,
-    plain,
-    setting,
-    status_of,
-    swept_by,
-)
+from support.report.tables import Row, caption, summarize, write_all
+from support.runs.command_line import as_flags, parse_known, parsed, run_command, swept_by
+from support.runs.flags import check_values, setting
+from support.runs.folder import code_digest, inputs_differ, read_config, runs_of_other_code
+from support.runs.settings import Settings, all_hyper, plain
 from train import Run
 
 
@@ -42,127 +33,189 @@ class Comparison:
 
     seeds: int = setting(3, "number of seeds, counted from --seed", int, low=1)
     rates: tuple[float, ...] | None = setting(
-        None, "learning rates to choose from, for each row by itself, on validation text, with the first seed",
-        float, above=0, many=True)
+        None, "learning rates, of which each row uses the best on validation text with the first "
+              "seed", float, above=0, many=True)
     out: str = setting("out/compare", "folder of the runs and of the tables")
-    sweep: str | None = setting(None, "a hyper-parameter, and values that rows which have it choose from in the same "
-                                      "way, as lambda=0.01,0.1")
+    sweep: str | None = setting(
+        None, "a hyper-parameter and its values, as lambda=0.01,0.1; rows that have it choose "
+              "among them as among rates")
     plot: bool = setting(False, "also draw table.png and table.svg (needs matplotlib)", bool)
-    anew: bool = setting(False, "play a run again that is there, but was made by other code", bool)
+    anew: bool = setting(False, "repeat runs that were made by other code", bool)
 
     def __post_init__(self):
-        check(self)
-        self.swept = swept_by(self.sweep)  # a hyper-parameter, and its values
+        check_values(self)
+        self.sweep_name, self.sweep_values = swept_by(self.sweep)
 
 
 @dataclass
 class OfMethods(Comparison):
-    """Several methods side by side; all flags of train.py are flags of this, too. Raises BadInput."""
+    """Compare several methods; any flag of train.py is a flag of this, too. Raises BadInput."""
 
-    methods: tuple[str, ...] = setting(("comigs", "local", "fedavg", "centralized"), "the rows of the table",
-                                       many=True, choices=METHODS)
-
-
-Rows = dict[str, Settings]  # by label
+    methods: tuple[str, ...] = setting(
+        ("comigs", "local", "fedavg", "centralized"), "the rows of the table", many=True,
+        choices=METHODS)
 
 
-def finished(settings: Settings, anew: bool, bar: tqdm) -> Path:
-    """The folder of a run that has ended: earlier, or because it is played or continued now."""
+def finish(settings: Settings, anew: bool, bar: tqdm) -> Path:
+    """Make sure that a run has ended: use the one in its folder, resume it, or start it.
+
+    Returns its folder. Moves the bar by the run's rounds × users. Raises BadInput.
+    """
     folder = Path(settings.out)
-    kept = json_of(folder / "config.json") if (folder / "config.json").exists() else None
-    here = {"out": settings.out, "overwrite": settings.overwrite}
-    if kept and Settings(**kept["settings"] | here) == settings:
-        again = anew and kept.get("code") != code()
-        settings = replace(settings, overwrite=again, resume=not again)
-        if settings.resume and (folder / "result.json").exists():
-            bar.update(settings.rounds * settings.users)
-            return folder
+    if (folder / "config.json").exists():
+        config = read_config(folder / "config.json")
+        these = {"out": settings.out, "overwrite": settings.overwrite}
+        if Settings(**config["settings"] | these) == settings:
+            if anew and config.get("code") != code_digest():
+                settings = replace(settings, overwrite=True)
+            elif (folder / "result.json").exists():
+                bar.update(settings.rounds * settings.users)
+                return folder
+            else:
+                settings = replace(settings, overwrite=False, resume=True)
     run = Run(settings)
     run.play(bar)
-    run.show()
+    run.write_page()
     return folder
 
 
-def choices(row: Settings, comparison: Comparison) -> dict[str, Settings]:
-    """What a row may choose from, by name: "0.002", or "0.002 mu=0.1"."""
-    rates = [replace(row, lr=rate) for rate in comparison.rates or (row.lr,)]
-    name, values = comparison.swept
-    if name not in row.hyper:
-        return {str(each.lr): each for each in rates}
-    return {f"{each.lr} {name}={value}": replace(each, set=",".join(filter(None, [each.set, f"{name}={value}"])))
-            for each in rates for value in values}
+def choices_of(row: Settings, comparison: Comparison) -> dict[str, Settings]:
+    """The settings among which a row chooses, by name: "0.002", or "0.002 mu=0.1"."""
+    choices = {}
+    for rate in comparison.rates or (row.lr,):
+        settings = replace(row, lr=rate)
+        if comparison.sweep_name not in row.hyper:
+            choices[str(rate)] = settings
+            continue
+        for value in comparison.sweep_values:
+            hyper = f"{comparison.sweep_name}={value}"
+            given = f"{row.set},{hyper}" if row.set else hyper
+            choices[f"{rate} {hyper}"] = replace(settings, set=given)
+    return choices
 
 
-def play(rows: Rows, comparison: Comparison) -> tuple[dict[str, list[Path]], dict[str, dict[str, float]]]:
-    """Run all rows, each with its best choice. Returns the folders of each row's seeds, and the mean validation
-    perplexity of its first seed with each choice. A run that diverges is named and left out."""
-    def played(label: str, choice: str, seed: int, bar: tqdm) -> Path | None:
-        row = offered[label][choice]
-        seed += row.seed
-        out = f"{comparison.out}/{f'{label} lr{choice} seed{seed}'.replace(' ', '-')}"
+@dataclass
+class Played:
+    """The runs of a row of the table."""
+
+    folders: list[Path] = field(default_factory=list)  # of the seeds that didn't diverge
+    valid_ppl: dict[str, float] = field(default_factory=dict)  # of each choice, with the first seed
+
+
+class Player:
+    """Plays the runs of all rows, with one progress bar."""
+
+    def __init__(self, rows: dict[str, Settings], comparison: Comparison):
+        self.comparison = comparison
+        self.choices = {label: choices_of(row, comparison) for label, row in rows.items()}
+        self.rows = rows
+
+    def play(self) -> dict[str, Played]:
+        """All rows, each with its best choice. A run that diverges is reported and left out."""
+        total = 0
+        for label, row in self.rows.items():
+            runs = len(self.choices[label]) + self.comparison.seeds
+            total += runs * row.rounds * row.users
+        with tqdm(total=total, unit="user", dynamic_ncols=True) as bar:
+            return {label: self.play_row(label, bar) for label in self.rows}
+
+    def play_row(self, label: str, bar: tqdm) -> Played:
+        played = Played()
+        for choice in self.choices[label]:
+            folder = self.play_run(label, choice, 0, bar)
+            played.valid_ppl[choice] = math.inf
+            if folder is not None:
+                played.valid_ppl[choice] = read_json(folder / "result.json")["mean_valid_ppl"]
+        best = min(played.valid_ppl, key=played.valid_ppl.get)
+        if played.valid_ppl[best] < math.inf:
+            for seed in range(self.comparison.seeds):
+                folder = self.play_run(label, best, seed, bar)
+                if folder is not None:
+                    played.folders.append(folder)
+        return played
+
+    def play_run(self, label: str, choice: str, seed: int, bar: tqdm) -> Path | None:
+        """The folder of a run that has ended; None if it diverged."""
+        settings = self.choices[label][choice]
+        seed += settings.seed
+        name = f"{label} lr{choice} seed{seed}".replace(" ", "-")
+        settings = replace(settings, seed=seed, out=f"{self.comparison.out}/{name}")
         try:
-            return finished(replace(row, seed=seed, out=out), comparison.anew, bar)
+            return finish(settings, self.comparison.anew, bar)
         except Diverged as error:
             bar.write(f"{label}, seed {seed}: {as_flags(str(error))}", file=sys.stderr)
             return None
 
-    offered = {label: choices(row, comparison) for label, row in rows.items()}
-    total = sum((len(offered[label]) + comparison.seeds) * row.rounds * row.users for label, row in rows.items())
-    folders, tried = {}, {}
-    with tqdm(total=total, unit="user", dynamic_ncols=True) as bar:
-        for label in rows:
-            firsts = {choice: played(label, choice, 0, bar) for choice in offered[label]}
-            tried[label] = {choice: read_json(folder / "result.json")["mean_valid_ppl"] if folder else math.inf
-                            for choice, folder in firsts.items()}
-            best = min(tried[label], key=tried[label].get)
-            runs = [played(label, best, seed, bar) for seed in range(comparison.seeds)] if firsts[best] else []
-            folders[label] = [folder for folder in runs if folder]
-    return folders, tried
 
-
-def compare(rows: Rows, comparison: Comparison) -> None:
-    """Run all rows, write the table in several forms and the drawing, print the table. Raises BadInput."""
+def check(rows: dict[str, Settings], comparison: Comparison) -> None:
+    """Raise BadInput if rows can't be compared like this."""
     if comparison.plot:
         optional("matplotlib", "`plot`", "pip install matplotlib")
-    if (comparison.rates or comparison.sweep) and any(row.experts_see == "both" for row in rows.values()):
-        raise BadInput("`rates`, `sweep`: can't be judged by validation text that experts learn from; leave "
-                       "`experts_see` out")
-    if comparison.sweep and not any(comparison.swept[0] in row.hyper for row in rows.values()):
-        raise BadInput(f"`sweep` {comparison.sweep}: no row has such a hyper-parameter; there are {HYPER}")
-    folders, tried = play(rows, comparison)
-    summaries, configs = {}, [json_of(run / "config.json") for runs in folders.values() for run in runs]
-    for doubt in doubts(configs):
-        print(doubt, file=sys.stderr)
-    for label, runs in folders.items():
-        few = f" ({len(runs)} of {comparison.seeds} seeds)" if len(runs) < comparison.seeds else ""
-        if runs:
-            summaries[label + few] = summarize(runs, tried[label], folders.get("local"))
+    chosen = comparison.rates or comparison.sweep
+    if chosen and any(row.experts_see == "both" for row in rows.values()):
+        raise BadInput("`rates`, `sweep`: can't be chosen on validation text that trains the "
+                       "experts; leave `experts_see` out")
+    name = comparison.sweep_name
+    if comparison.sweep and not any(name in row.hyper for row in rows.values()):
+        raise BadInput(f"`sweep` {comparison.sweep}: no row has such a hyper-parameter; there are "
+                       f"{all_hyper()}")
+
+
+def warn(folders: list[Path]) -> None:
+    """Report runs in the folder that may not belong into one table."""
+    configs = [read_config(folder / "config.json") for folder in folders]
+    others = runs_of_other_code(configs)
+    if others:
+        print(f"{others} of these {len(configs)} runs were made by other code; --anew repeats them",
+              file=sys.stderr)
+    if inputs_differ(configs):
+        print("some of these runs had other text, or another base, than the rest; use another "
+              "--out", file=sys.stderr)
+
+
+def compare(rows: dict[str, Settings], comparison: Comparison) -> None:
+    """Play all rows, write the table and the plot, and print the table. Raises BadInput."""
+    check(rows, comparison)
+    played = Player(rows, comparison).play()
+    warn([folder for row in played.values() for folder in row.folders])
+    local = played["local"].folders if "local" in played else []
+    summaries: dict[str, Row] = {}
+    for label, row in played.items():
+        if row.folders:
+            missing = len(row.folders) < comparison.seeds
+            note = f" ({len(row.folders)} of {comparison.seeds} seeds)" if missing else ""
+            summaries[label + note] = summarize(row.folders, row.valid_ppl, local)
     if not summaries:
-        raise Diverged(f"`lr`, `rates` {comparison.rates}: every run diverged; take smaller ones")
+        raise Diverged("`lr`: every run diverged; use a smaller one")
     out = Path(comparison.out)
-    print(write_all(out, summaries, folders, caption([plain(row) for row in rows.values()], comparison.seeds)))
+    folders = {label: row.folders for label, row in played.items()}
+    text = caption([plain(row) for row in rows.values()], comparison.seeds)
+    print(write_all(out, summaries, folders, text))
     if comparison.plot:
         plots.draw_comparison(summaries, out / "table")
 
 
 def split(arguments: list[str] | None, kind: type[Comparison]) -> tuple[Comparison, list[str]]:
-    """A command line's flags of a comparison, and those of its runs. Raises BadInput."""
-    given, rest = given_in(arguments, kind)
+    """Divide a command line into the comparison's flags and those of its runs. Raises BadInput."""
+    given, rest = parse_known(arguments, kind)
     for flag in rest:
-        if flag == "--resume":
-            raise BadInput("`resume`: a comparison always continues where it was; leave it out")
-        if flag.partition("=")[0] == "--method":
-            raise BadInput("`method`: the rows are different methods; leave it out, or give `methods`")
+        name = flag.partition("=")[0]
+        if name == "--resume":
+            raise BadInput("`resume`: a comparison always continues; leave it out")
+        if name == "--method":
+            raise BadInput("`method`: each row has its own; leave it out, or use `methods`")
     return kind(**given), rest
 
 
 def from_command_line() -> None:
+    """Raises BadInput."""
     comparison, rest = split(None, OfMethods)
-    compare({method: parsed([*rest, "--method", method]) for method in comparison.methods}, comparison)
+    rows = {method: parsed([*rest, "--method", method]) for method in comparison.methods}
+    compare(rows, comparison)
 
 
 def main() -> int:
-    return status_of("compare.py", from_command_line, "the runs that ended are kept")
+    return run_command("compare.py", from_command_line, "the runs that ended are kept")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Text from the models of a run, and a page that shows which expert each token was given to.
+"""Text from the models of a run, and the report on its experts.
 
     python sample.py --run out/NAME --user english --prompt "The "
     python sample.py --run out/NAME --user all --prompt "The "
     python sample.py --run out/NAME --html page.html
 
-A run that hasn't ended shows its newest checkpoint.
+A run that hasn't ended is shown as of its last checkpoint.
 """
 
 import math
@@ -24,9 +24,11 @@ from data import Text
 from model import GPT, GPTConfig
 from support.errors import BadInput
 from support.report import page
-from support.runs import folder
-from support.runs.folder import Learned
-from support.runs.settings import Settings, check, parsed, setting, status_of
+from support.runs.checkpoint import TrainedUser, load_checkpoint, restore_model
+from support.runs.command_line import parsed, run_command
+from support.runs.flags import check_values, setting
+from support.runs.folder import describe_texts, read_config
+from support.runs.settings import Settings
 from support.runs.start import starting_point
 from support.sampling import stream
 
@@ -36,107 +38,141 @@ class Sampling:
     """Show what a run's models learned. Raises BadInput."""
 
     run: str = setting("out", "folder of the run")
-    user: str | None = setting(None, "whose model; all: everyone's, one after the other (default: the first user's)")
-    prompt: str | None = setting(None, "how the text begins (default: the start of a document)", empty=True)
+    user: str | None = setting(None, "the user whose model writes, or all (default: the first)")
+    prompt: str | None = setting(
+        None, "how the text begins (default: as a document does)", empty=True)
     tokens: int = setting(300, "tokens to generate", int, low=1)
-    temperature: float = setting(0.8, "0 takes the likeliest token, 1 samples as the model says", float, low=0)
+    temperature: float = setting(
+        0.8, "0 picks the likeliest token, 1 samples from the model's probabilities", float, low=0)
     top_k: int = setting(40, "sample from this many of the likeliest tokens", int, low=1)
-    seed: int = setting(0, "the seed of the sampling", int, low=0, high=2 ** 63)
-    html: str | None = setting(None, "write the page to this file instead of printing text")
+    seed: int = setting(0, "the seed of the sampling", int, low=0, high=2**63)
+    html: str | None = setting(None, "write the report to this file instead of printing text")
 
     def __post_init__(self):
-        check(self)
+        check_values(self)
 
 
 @dataclass
-class Opened:
-    """A run as `open_run` finds it."""
+class OpenedRun:
+    """A run's settings, models and texts."""
 
     folder: Path
     settings: Settings
-    users: dict[str, Learned]  # models by user, or one for everyone
-    encoding: tiktoken.Encoding  # the tokenizer
+    users: dict[str, TrainedUser]  # by name; for centralized a single one
+    tokenizer: tiktoken.Encoding
 
     @cached_property
     def texts(self) -> dict[str, Text]:
-        """Each user's text, by name. Raises BadInput where it has changed since the run."""
-        texts = data.load(self.settings.data_config, self.encoding)
-        if folder.described(texts) != folder.json_of(self.folder / "config.json")["texts"]:
-            raise BadInput(f"`run` {self.folder}: its text, {self.settings.data}, has changed; restore it")
+        """Each user's text, by name. Raises BadInput if it has changed since the run."""
+        texts = data.load(self.settings.data_config, self.tokenizer)
+        if describe_texts(texts) != read_config(self.folder / "config.json")["texts"]:
+            raise BadInput(f"`run` {self.folder}: the text of {self.settings.data} has changed; "
+                           "restore it")
         return {text.name: text for text in texts}
 
     @property
-    def readers(self) -> list[tuple[Learned, Text]]:
-        """Who was tested on which text."""
+    def readers(self) -> list[tuple[TrainedUser, Text]]:
+        """Each text with the user that is evaluated on it."""
+        texts = list(self.texts.values())
         users = list(self.users.values())
-        return list(zip(users * (len(self.texts) // len(users)), self.texts.values(), strict=True))
+        if len(users) == 1:
+            return [(users[0], text) for text in texts]
+        return list(zip(users, texts, strict=True))
 
-    def perplexity(self, user: Learned, tokens: np.ndarray) -> float:
-        """Of a user's model on a whole text (n,), such as run.texts["anna"].test."""
-        return math.exp(evaluate(user.model, page.windows(tokens, user.model), user.gates)[0])
+    def perplexity(self, user: TrainedUser, tokens: np.ndarray) -> float:
+        """Perplexity of a user's model on a text (n,), such as run.texts["anna"].test."""
+        windows = page.windows(tokens, user.model)
+        loss, _ = evaluate(user.model, windows, user.fixed_gates)
+        return math.exp(loss)
 
 
-def open_run(path: str | Path) -> Opened:
-    """The users' models of a run's newest checkpoint, its settings and its text. Raises BadInput.
+def open_run(folder: str | Path) -> OpenedRun:
+    """Open the last checkpoint of a run. Raises BadInput.
 
     run = open_run("out/NAME")
     print(run.perplexity(run.users["anna"], run.texts["bert"].test))
     """
-    path = Path(path)
-    state = folder.newest(path)
+    folder = Path(folder)
+    state = load_checkpoint(folder)
     if state is None:
-        runs = ", ".join(sorted(str(found.parent) for found in path.glob("*/checkpoint.pt")))
-        raise BadInput(f"`run` {path}: holds no checkpoint.pt; give the folder of a run{runs and f', such as {runs}'}")
-    settings, users = Settings(**state["settings"] | {"resume": False, "overwrite": False}), {}
-    start = starting_point(replace(settings, dtype=state["users"][0]["config"]["dtype"]))
-    if start.sha256 != state["base"]["sha256"]:
-        raise BadInput(f"`run` {path}: {start.name} is no longer the file that it started from; restore it")
+        refuse_folder(folder)
+    settings = Settings(**state["settings"] | {"resume": False, "overwrite": False})
+    dtype = state["users"][0]["config"]["dtype"]  # as it was on the machine of the run
+    base = starting_point(replace(settings, dtype=dtype))
+    if base.sha256 != state["base"]["sha256"]:
+        raise BadInput(f"`run` {folder}: {base.name} is no longer the file that the run started "
+                       "from; restore it")
+    users = {}
     for saved in state["users"]:
-        model = GPT(GPTConfig(**saved["config"]), torch.Generator(), start.tensors)
-        folder.restore_model(saved, model)
-        users[saved["name"]] = Learned(saved["name"], model, saved["gates"])
-    return Opened(path, settings, users, start.encoding)
+        model = GPT(GPTConfig(**saved["config"]), torch.Generator(), base.tensors)
+        restore_model(model, saved)
+        users[saved["name"]] = TrainedUser(saved["name"], model, saved["fixed_gates"])
+    return OpenedRun(folder, settings, users, base.encoding)
 
 
-def continued(user: Learned, sampling: Sampling, tokenizer: tiktoken.Encoding) -> Iterator[str]:
+def refuse_folder(folder: Path) -> None:
+    """Raise BadInput, which names the runs that are in a folder."""
+    runs = sorted(str(path.parent) for path in folder.glob("*/checkpoint.pt"))
+    example = f", such as {', '.join(runs)}" if runs else ""
+    raise BadInput(f"`run` {folder}: holds no checkpoint.pt; expected the folder of a run{example}")
+
+
+def generated(user: TrainedUser, sampling: Sampling, tokenizer: tiktoken.Encoding) -> Iterator[str]:
     """The prompt, and then the text of each new token."""
-    prompt = torch.tensor([[tokenizer.eot_token, *tokenizer.encode_ordinary(sampling.prompt or "")]])
-    new = stream(user.model, prompt, sampling.tokens, sampling.temperature, min(sampling.top_k, tokenizer.n_vocab),
-                 torch.Generator().manual_seed(sampling.seed), vocabulary=tokenizer.n_vocab, gates=user.gates)
-    yield sampling.prompt or ""
-    yield from page.decode((token.item() for token in new), tokenizer, end="\n\n")
+    prompt = sampling.prompt or ""
+    tokens = [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]
+    new_tokens = stream(
+        user.model, torch.tensor([tokens]), sampling.tokens, temperature=sampling.temperature,
+        top_k=min(sampling.top_k, tokenizer.n_vocab), vocabulary=tokenizer.n_vocab,
+        generator=torch.Generator().manual_seed(sampling.seed), fixed_gates=user.fixed_gates)
+    yield prompt
+    yield from page.decode((token.item() for token in new_tokens), tokenizer, end="\n\n")
 
 
-def show_page(run: Opened, path: Path) -> None:
-    """Raises BadInput."""
-    users, texts = zip(*run.readers, strict=True)
+def write_report(run: OpenedRun, path: Path) -> None:
+    """Write the page. Raises BadInput."""
     if path.is_dir():
-        raise BadInput(f"`html` {path}: is a folder; give a file")
+        raise BadInput(f"`html` {path}: is a folder; expected a file")
+    users = [user for user, _ in run.readers]
+    texts = [text for _, text in run.readers]
     try:
-        page.of_run(run.folder, path, run.settings.title, texts, users, run.encoding)
+        page.of_run(run.folder, path, run.settings.title, texts, users, run.tokenizer)
     except (OSError, ValueError) as error:
-        raise BadInput(f"`html` {path}: {error}; give another file, or check the run") from None
-    print(path)
+        raise BadInput(f"`html` {path}: {error}; pass another file, or check the run") from None
+    print(f"report: {path}")
 
 
 def show(sampling: Sampling) -> None:
-    """Raises BadInput."""
+    """Print text, or write the report. Raises BadInput."""
     run = open_run(sampling.run)
     if sampling.user not in (None, "all", *run.users):
-        raise BadInput(f"`user` {sampling.user}: not in this run; give all, or one of {', '.join(run.users)}")
-    if sampling.html:
-        show_page(run, Path(sampling.html))
-    elif sampling.user == "all":
-        print("\n\n".join(f"{name}:\n{''.join(continued(user, sampling, run.encoding))}"
-                          for name, user in run.users.items()))
-    else:
-        for new in continued(run.users[sampling.user or next(iter(run.users))], sampling, run.encoding):
-            print(new, end="", flush=True)
-        print()
+        names = ", ".join(run.users)
+        raise BadInput(f"`user` {sampling.user}: not in this run; expected all, or one of {names}")
+    if sampling.html is not None:
+        write_report(run, Path(sampling.html))
+        return
+    if sampling.user == "all":
+        for name, user in run.users.items():
+            print(f"{name}:")
+            write(generated(user, sampling, run.tokenizer))
+            print()
+        return
+    name = sampling.user or next(iter(run.users))
+    write(generated(run.users[name], sampling, run.tokenizer))
+
+
+def write(parts: Iterator[str]) -> None:
+    """Print text as it is generated."""
+    for part in parts:
+        print(part, end="", flush=True)
+    print()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return status_of("sample.py", lambda: show(parsed(arguments, Sampling)), "nothing was written")
+    def work() -> None:
+        show(parsed(arguments, Sampling))
+
+    return run_command("sample.py", work, "nothing was written")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     python train.py --resume --out FOLDER
     python train.py --help
 
-A run's folder holds config.json (settings, versions), metrics.jsonl (a line per user and evaluation), checkpoint.pt and
-previous.pt (states to continue from, for torch.load with weights_only=True) and, once it has ended, result.json.
+The folder of a run holds config.json (settings, versions), metrics.jsonl (a line per user and
+evaluation), checkpoint.pt (to continue from) and, at the end, result.json and page.html.
 """
 
 import sys
@@ -17,245 +17,311 @@ import torch
 from tqdm import tqdm
 
 import data
-from bilevel import Rhythm, cosine
+from bilevel import Batch, Rhythm, cosine
 from data import Text
 from federated import User, federated_round
 from methods import METHODS
 from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig
-from support.files import write_json
+from rivals import JudgingUser
 from support.pretrained.base import Base
 from support.report import page
-from support.runs import folder, processes
-from support.runs.folder import Folder, stopped_gently
-from support.runs.measuring import check_loss, counts_of, line_of, result_of, row_of, table, untrained
-from support.runs.settings import Settings, check_device, plain, status_of
-from support.runs.start import starting_point
+from support.runs import processes
+from support.runs.checkpoint import TrainedUser, restore_user, user_state
+from support.runs.command_line import run_command
+from support.runs.evaluation import (
+    check_loss,
+    counters,
+    initial_test_loss,
+    metrics_line,
+    refused_uploads,
+    result_of,
+    result_row,
+    table,
+)
+from support.runs.folder import config_of, describe_base, settings_of, stop_after_round
+from support.runs.settings import Settings, plain
+from support.runs.start import check_device, starting_point
 from support.server import privacy
 from support.server.guard import Guard
 
-JUDGED = 8  # windows of a user's validation text by which a device judges a model, where a method asks for that
+JUDGING_WINDOWS = 8  # windows of validation text on which a JudgingUser compares models
 
 
 # --- build: from settings to a server and users ----------------------------------------------------------------------
 
-def build_model(settings: Settings, start: Base, specialists: int, rank: int, owner: str) -> GPT:
-    """The model of one owner, with initial weights of its own where the start gives none."""
+def build_model(settings: Settings, base: Base, specialists: int, lora_rank: int, owner: str) -> GPT:
+    """The model of one owner. Weights that the base doesn't have are drawn with the owner's name as seed."""
     method = METHODS[settings.method]
-    config = GPTConfig(**start.config, generalists=settings.generalists, specialists=specialists,
-                       top_k=settings.top_k, expert=settings.expert, lora_rank=rank, routed=method.routed,
-                       roles=method.roles)
-    model = GPT(config, data.seeded(settings.seed, owner, "weights"), start.tensors).to(settings.device)
+    config = GPTConfig(
+        **base.config, generalists=settings.generalists, specialists=specialists, top_k=settings.top_k,
+        expert=settings.expert, lora_rank=lora_rank, routed=method.routed, roles=method.roles)
+    generator = data.seeded(settings.seed, owner, "weights")
+    model = GPT(config, generator, base.tensors).to(settings.device)
     if settings.compile:
         model.compile()
     return model
 
 
-def called_of(settings: Settings) -> tuple[int, int]:
-    """How many users there are, and how many of them are called in a round."""
-    total = 1 if METHODS[settings.method].pooled else settings.users
-    return total, max(1, round(settings.participation * total))
+def build_largest(settings: Settings, base: Base, owner: str) -> GPT:
+    """A model that is as large as the largest of the users', such as the server's."""
+    return build_model(settings, base, max(settings.specialists), max(settings.lora_rank), owner)
+
+
+def build_batches(settings: Settings, texts: list[Text], splits: tuple[str, ...], purpose: str) -> data.RandomWindows:
+    """Random windows of some splits of each text."""
+    tokens = [data.joined(text, splits) for text in texts]
+    generators = [data.seeded(settings.seed, text.name, purpose) for text in texts]
+    return data.RandomWindows(tokens, generators, settings.batch_size, settings.block_size, settings.device)
 
 
 def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> User:
-    """A user with the text of one, or, for pooled methods, of all."""
+    """A user who learns from one text, or, for pooled methods, from all texts."""
     method = METHODS[settings.method]
 
-    def batches(splits: tuple[str, ...], purpose: str) -> data.RandomWindows:
-        return data.RandomWindows([data.joined(text, splits) for text in texts],
-                                  [data.seeded(settings.seed, text.name, purpose) for text in texts],
-                                  settings.batch_size, settings.block_size, settings.device)
+    rounds = settings.rounds * selected_per_round(settings) / number_of_clients(settings)
+    steps = max(1, round(rounds)) * settings.local_steps  # the number that a user can expect
+    schedule = cosine(steps, min(settings.warmup, steps // 5))
+    splits = ("train", "valid") if settings.experts_see == "both" else ("train",)
+    batches = build_batches(settings, texts, splits, "train")
+    experts = model.having(GENERALIST, SPECIALIST)
+    lower = method.level(experts, batches, settings.lr, settings.weight_decay, schedule, settings.hyper)
 
-    def judge() -> Iterator[data.Batch]:
-        return data.spread_windows(texts[0].valid, JUDGED, settings.block_size, settings.device)
-
-    total, count = called_of(settings)
-    steps = max(1, round(settings.rounds * count / total)) * settings.local_steps  # as many as it may expect
-    seen = ("train", "valid") if settings.experts_see == "both" else ("train",)
-    lower = method.level(model.having(GENERALIST, SPECIALIST), batches(seen, "train"), settings.lr,
-                         settings.weight_decay, cosine(steps, min(settings.warmup, steps // 5)), settings.hyper)
+    upper = None
     router = model.having(ROUTER)
-    routing = batches((method.router_text,), "valid")
-    upper = method.router_level(router, routing, settings.rate_of_routers, hyper=settings.hyper) if router else None
+    if router:
+        batches = build_batches(settings, texts, (method.router_text,), "valid")
+        upper = method.router_level(router, batches, settings.router_rate, hyper=settings.hyper)
+
     weight = sum(len(text.train) for text in texts) if settings.average == "tokens" else 1
-    return method.user(name, model, lower, upper, weight, judge, settings.hyper)
+    user = method.user(name, model, lower, upper, weight, settings.hyper)
+    if isinstance(user, JudgingUser):
+        def validation_windows() -> Iterator[Batch]:
+            return data.spread_windows(texts[0].valid, JUDGING_WINDOWS, settings.block_size, settings.device)
+        user.validation_windows = validation_windows
+    return user
 
 
-def build_largest(settings: Settings, start: Base, owner: str) -> GPT:
-    """A model in which every user's has a place, such as the server's."""
-    return build_model(settings, start, max(settings.specialists), max(settings.lora_rank), owner)
-
-
-def build_server(settings: Settings, model: GPT) -> Guard:
-    kind = METHODS[settings.method].server if processes.count() == 1 else processes.Together
-    return Guard(kind(model.having(GENERALIST), settings.hyper), settings.clip_update, settings.dp_noise,
-                 data.seeded(settings.seed, "noise"))
-
-
-def build_own(settings: Settings, start: Base, common: GPT, text: Text, number: int) -> User:
-    """User `number`, with a model of its own and the server's backbone, which needn't be pretrained to be the same."""
-    model = build_model(settings, start, settings.specialists[number], settings.lora_rank[number], text.name)
-    frozen = common.having(BACKBONE)
-    model.load_state_dict({name: frozen[name] for name in model.having(BACKBONE)}, strict=False, assign=True)
+def build_own_user(settings: Settings, base: Base, server_model: GPT, text: Text, number: int) -> User:
+    """User `number`, with a model of its size. It shares the frozen backbone of the server's model."""
+    model = build_model(settings, base, settings.specialists[number], settings.lora_rank[number], text.name)
+    server_backbone = server_model.having(BACKBONE)
+    backbone = {name: server_backbone[name] for name in model.having(BACKBONE)}
+    model.load_state_dict(backbone, strict=False, assign=True)
     return build_user(settings, text.name, model, [text])
 
 
-def build(settings: Settings, start: Base, texts: list[Text]) -> tuple[Guard, list[User]]:
-    """The server, and this process's users: one for each text, or a single one for all if the method pools them."""
-    common = build_largest(settings, start, "server")
-    server = build_server(settings, common)
+def build_server(settings: Settings, model: GPT) -> Guard:
+    """The method's server, behind a guard that refuses broken uploads, clips updates and adds noise."""
+    kind = METHODS[settings.method].server if processes.count() == 1 else processes.SummingServer
+    server = kind(model.having(GENERALIST), settings.hyper)
+    return Guard(server, settings.clip_update, settings.dp_noise, data.seeded(settings.seed, "noise"))
+
+
+def build(settings: Settings, base: Base, texts: list[Text]) -> tuple[Guard, list[User]]:
+    """The server and the users: one per text, or a single one if the method pools all texts."""
+    server_model = build_largest(settings, base, "server")
+    server = build_server(settings, server_model)
     if METHODS[settings.method].pooled:
-        return server, [build_user(settings, "everyone", build_largest(settings, start, "everyone"), texts)]
-    return server, [build_own(settings, start, common, text, number)
-                    for number, text in processes.own(list(enumerate(texts)))]
+        model = build_largest(settings, base, "everyone")
+        return server, [build_user(settings, "everyone", model, texts)]
+    users = []
+    for number, text in processes.mine(list(enumerate(texts))):
+        users.append(build_own_user(settings, base, server_model, text, number))
+    return server, users
 
 
 def rhythm_of(settings: Settings) -> Rhythm:
-    return Rhythm(settings.local_steps, settings.router_every, settings.router_steps)
+    return Rhythm(local_steps=settings.local_steps, router_every=settings.router_every,
+                  router_steps=settings.router_steps)
 
 
-def drawn(settings: Settings, number: int) -> tuple[list[int], list[int]]:
-    """Which users are called in a round, and which of them vanish before they answer."""
+# --- client sampling -------------------------------------------------------------------------------------------------
+
+def number_of_clients(settings: Settings) -> int:
+    return 1 if METHODS[settings.method].pooled else settings.users
+
+
+def selected_per_round(settings: Settings) -> int:
+    return max(1, round(settings.participation * number_of_clients(settings)))
+
+
+def sample_clients(settings: Settings, number: int) -> tuple[list[int], list[int]]:
+    """The users that are selected in round `number`, and those of them that disappear before they upload."""
     generator = data.seeded(settings.seed, "called", number)
-    total, count = called_of(settings)
-    chosen = sorted(torch.randperm(total, generator=generator)[:count].tolist())
-    luck = torch.rand(total, generator=generator).tolist()
-    return chosen, [i for i in chosen if luck[i] < settings.drop_rate]
+    order = torch.randperm(number_of_clients(settings), generator=generator).tolist()
+    selected = sorted(order[:selected_per_round(settings)])
+    draws = torch.rand(len(order), generator=generator).tolist()
+    dropped = [i for i in selected if draws[i] < settings.drop_rate]
+    return selected, dropped
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 class Run:
-    """A run that is ready to be played, from its beginning or from a checkpoint. Raises BadInput."""
+    """A server, its users and a folder, at the start of a run or where its checkpoint left it. Raises BadInput."""
 
     def __init__(self, settings: Settings):
-        self.settings, self.began = settings, time.perf_counter()
+        self.start_time = time.perf_counter()
+        self.settings = settings
         check_device(settings.device)
         self.base = starting_point(settings)
         self.texts = data.load(settings.data_config, self.base.encoding)
         self.server, self.users = build(settings, self.base, self.texts)
-        self.here = dict(zip(processes.own(list(range(called_of(settings)[0]))), self.users, strict=True))  # by number
-        learners = self.users * len(self.texts) if METHODS[settings.method].pooled else self.users
-        self.tested = list(zip(learners, processes.own(self.texts), strict=True))  # whose model is tested on which text
-        self.first = processes.index() == 0  # of several processes, the first writes
-        self.folder = Folder(settings, folder.config_of(settings, self.base, self.texts)) if self.first else None
-        self.done, self.before = 0, None  # rounds, test losses at the start
-        state = processes.gathered([self.folder.continued() if self.first else None])[0] if settings.resume else None
-        if state:
-            self.server.load(state["server"])
-            for user, saved in zip(self.users, processes.own(state["users"]), strict=True):
-                folder.restore_user(user, saved)
-            if not self.first:
-                self.server.refused = []  # the first process has everyone's
-            self.done, self.before = state["round"], processes.own(state["test_start"])
-            self.began -= state["seconds"]
+        self.rounds_done = 0
+        self.initial_losses = None  # on each test text, before the first round
+        self.folder = processes.run_folder(settings, config_of(settings, self.base, self.texts))
+        if settings.resume:
+            self.restore(self.folder.load())
 
-    def play(self, bar: tqdm, stop: Callable[[], bool] = lambda: False) -> dict:
-        """Play the rounds; returns what result.json holds. Moves the bar by `users` a round. If it is to stop, it ends
-        after a round, with a checkpoint, and raises KeyboardInterrupt."""
-        settings, rhythm = self.settings, rhythm_of(self.settings)
-        bar.update(self.done * settings.users)
-        if self.before is None:
-            bar.set_description("measuring the untrained models")
-            self.hand_out()
-            self.before = [untrained(settings, self.base, *each) for each in self.tested]
-            self.log(0, {})
-            self.save(0)
-        for number in range(self.done + 1, settings.rounds + 1):
-            called, lost = ([self.here[i] for i in each if i in self.here] for each in drawn(settings, number))
-            refused = len(self.server.refused)
-            losses = federated_round(self.server, self.shown(called, number, bar), rhythm, lost)
+    @property
+    def readers(self) -> list[tuple[User, Text]]:
+        """Each text with the user that is evaluated on it."""
+        texts = processes.mine(self.texts)
+        if METHODS[self.settings.method].pooled:
+            return [(self.users[0], text) for text in texts]
+        return list(zip(self.users, texts, strict=True))
+
+    def play(self, bar: tqdm, should_stop: Callable[[], bool] = lambda: False) -> dict:
+        """Play the rounds that are left. Returns the content of result.json.
+
+        If it should stop, it ends after a round, with a checkpoint, and raises KeyboardInterrupt.
+        """
+        settings = self.settings
+        rhythm = rhythm_of(settings)
+        bar.update(self.rounds_done * settings.users)
+        if self.initial_losses is None:
+            self.evaluate_untrained(bar)
+        for number in range(self.rounds_done + 1, settings.rounds + 1):
+            selected, dropped = sample_clients(settings, number)
+            selected = processes.select(self.users, selected)
+            dropped = processes.select(self.users, dropped)
+            refused_before = len(self.server.refused)
+            losses = federated_round(self.server, self.with_progress(selected, number, bar), rhythm, dropped)
             for user, loss in losses.items():
                 check_loss(settings, user, loss)
-            for name, reason in self.server.refused[refused:]:
-                bar.write(f"round {number}: the answer of user {name} was refused: {reason}", file=sys.stderr)
-            bar.update(settings.users - len(called))  # who weren't called
-            last, stopping = number == settings.rounds, any(processes.gathered([stop()]))
-            look, save = (last or number % every == 0 for every in (settings.eval_every, settings.save_every))
-            if look or save:
-                self.hand_out(counted=last)
-            if look:
+            for line in refused_uploads(number, self.server.refused[refused_before:]):
+                bar.write(line, file=sys.stderr)
+
+            last = number == settings.rounds
+            stop = processes.total(should_stop()) > 0
+            evaluate = last or number % settings.eval_every == 0
+            save = last or stop or number % settings.save_every == 0
+            if evaluate or save:
+                self.broadcast(counted=last)
+            if evaluate:
                 self.log(number, losses)
-            if save or stopping:
+            if save:
                 self.save(number)
-            if stopping and not last:
+            if stop and not last:
                 raise KeyboardInterrupt
         result = self.result()
-        if self.first:
-            write_json(self.folder.path / "result.json", result)
+        self.folder.finish(result)
         return result
 
-    def show(self) -> None:
-        """Write the page of what everyone learned."""
-        learned = [folder.Learned(user.name, user.model, user.gates) for user, _ in self.tested]
-        page.of_run(self.folder.path, self.folder.path / "page.html", self.settings.title, self.texts, learned,
-                    self.base.encoding)
+    def evaluate_untrained(self, bar: tqdm) -> None:
+        bar.set_description("evaluating the untrained models")
+        self.broadcast(counted=False)
+        self.initial_losses = [initial_test_loss(self.settings, user, text) for user, text in self.readers]
+        self.log(number=0, losses={})
+        self.save(number=0)
 
-    def shown(self, users: list[User], number: int, bar: tqdm) -> Iterator[User]:
-        """The users, while the bar follows."""
+    def with_progress(self, users: list[User], number: int, bar: tqdm) -> Iterator[User]:
+        """The users of a round, one after the other, while the bar advances by `settings.users` in all."""
         for user in users:
             bar.set_description(f"{self.settings.method}, round {number}/{self.settings.rounds}, {user.name}")
             yield user
             bar.update()
+        bar.update(self.settings.users - len(users))
 
-    def hand_out(self, counted: bool = False) -> None:
-        """Give θ^G to everyone, to be evaluated. Only the last time is this a message; before, a simulation looks at
-        users who needn't have been called."""
+    def broadcast(self, counted: bool) -> None:
+        """Set all users' generalists to the server's, to evaluate them.
+
+        counted: whether this is a message, as it is after the last round. In between, the simulation
+        also evaluates users who don't take part in the next round.
+        """
         for user in self.users:
-            message = self.server.give(user.shared)
-            user.receive(message) if counted else user.adopt(message)
-            user.settle()
+            message = self.server.broadcast(user.shared)
+            if counted:
+                user.download(message)
+            else:
+                user.set_generalists(message)
+            user.before_evaluation()
 
     def log(self, number: int, losses: dict[User, float]) -> None:
-        """After a round: add everyone's line to metrics.jsonl."""
-        lines = processes.gathered([line_of(self.settings, number, user, text, losses.get(user))
-                                    for user, text in self.tested])
-        if self.first:
-            self.folder.log(lines)
+        """Evaluate all users on validation text, and add their lines to metrics.jsonl."""
+        lines = []
+        for user, text in self.readers:
+            lines.append(metrics_line(self.settings, number, user, text, losses.get(user)))
+        self.folder.log(lines)
 
     def save(self, number: int) -> None:
-        """Write the checkpoint of a round's end."""
-        users, before = processes.gathered(folder.states(self.users)), processes.gathered(self.before)
-        refused = [each for mine in processes.gathered([self.server.refused]) for each in mine]
-        if self.first:
-            self.folder.save({
-                "settings": plain(self.settings), "base": folder.reference(self.base), "round": number,
-                "test_start": before, "seconds": time.perf_counter() - self.began,
-                "server": self.server.state() | {"refused": refused}, "users": users})
+        """Write the checkpoint after round `number`."""
+        self.folder.save({
+            "settings": plain(self.settings),
+            "base": describe_base(self.base),
+            "round": number,
+            "seconds": time.perf_counter() - self.start_time,
+            "initial_losses": self.initial_losses,
+            "server": self.server.state(),
+            "users": [user_state(user) for user in self.users],
+        })
+
+    def restore(self, state: dict | None) -> None:
+        """Continue from a checkpoint, if there is one."""
+        if state is None:
+            return
+        self.rounds_done = state["round"]
+        self.start_time -= state["seconds"]
+        self.initial_losses = state["initial_losses"]
+        self.server.load(state["server"])
+        for user, saved in zip(self.users, state["users"], strict=True):
+            restore_user(user, saved)
 
     def result(self) -> dict:
-        """What result.json holds."""
-        rows = processes.gathered([row_of(self.settings, *each, before)
-                                   for each, before in zip(self.tested, self.before, strict=True)])
-        counts, settings = processes.gathered(list(map(counts_of, self.users))), self.settings
-        refused = sum(processes.gathered([len(self.server.refused)]))
-        promise = privacy.guarantee(settings, *called_of(settings), settings.rounds,
-                                    whole=not (settings.drop_rate or refused))
-        return result_of(settings, rows, counts, refused, time.perf_counter() - self.began) | promise
+        """Evaluate all users on test text. Returns the content of result.json."""
+        settings = self.settings
+        rows = []
+        for (user, text), initial_loss in zip(self.readers, self.initial_losses, strict=True):
+            rows.append(result_row(settings, user, text, initial_loss))
+        rows = processes.gather(rows)
+        counts = processes.gather([counters(user) for user in self.users])
+        refused = processes.total(len(self.server.refused))
+        guarantee = privacy.guarantee(
+            settings.dp_noise, number_of_clients(settings), selected_per_round(settings),
+            settings.rounds, complete=refused == 0 and settings.drop_rate == 0)
+        seconds = time.perf_counter() - self.start_time
+        return result_of(settings, rows, counts, refused, seconds, guarantee)
+
+    def write_page(self) -> None:
+        """Write page.html: curves, and the experts that each token of a text is given to."""
+        users = [TrainedUser(user.name, user.model, user.fixed_gates) for user, _ in self.readers]
+        path = self.folder.path
+        page.of_run(path, path / "page.html", self.settings.title, self.texts, users, self.base.encoding)
 
 
-# --- the command ----------------------------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------------------------------
 
 def train(settings: Settings) -> None:
-    """Raises BadInput."""
+    """Play a run and print its table. Raises BadInput."""
     processes.join(settings)
     run = Run(settings)
-    total = settings.rounds * settings.users
-    with (tqdm(total=total, unit="user", dynamic_ncols=True, disable=not run.first) as bar,
-          stopped_gently(run.folder.path if run.first else settings.out) as stop):
-        result = run.play(bar, stop)
-    if not run.first:
-        return
     path = run.folder.path
+    total = settings.rounds * settings.users
+    with (tqdm(total=total, unit="user", dynamic_ncols=True, disable=not processes.is_first()) as bar,
+          stop_after_round(path) as should_stop):
+        result = run.play(bar, should_stop)
+    if not processes.is_first():
+        return
     print(table(result, path))
     if processes.count() == 1:
-        run.show()
-        print(f"what it learned: {path / 'page.html'}")
-    else:  # the other users' models are elsewhere
-        print(f"what it learned: python sample.py --run {path} --html {path / 'page.html'}")
+        run.write_page()
+        print(f"report: {path / 'page.html'}")
+    else:  # this process doesn't have all models
+        print(f"report: python sample.py --run {path} --html {path / 'page.html'}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return status_of("train.py", lambda: train(folder.settings_of(arguments)), "nothing is lost; --resume continues")
+    return run_command("train.py", lambda: train(settings_of(arguments)), "all checkpoints are kept; use --resume")
 
 
 if __name__ == "__main__":

@@ -15,14 +15,6 @@ import torch
 from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
-from support.runs.checkpoint import restore_user, user_state
-from support.runs.evaluation import (
-    check_loss,
-    counters,
-    initial_test_loss,
-    metrics_line,
-    result_row,
-)
 
 import data
 from data import DataConfig, Text
@@ -31,6 +23,14 @@ from flower.messages import pack_reply, settings_of, unpack_message, users_of
 from model import GENERALIST
 from support.errors import BadInput
 from support.files import write
+from support.runs.checkpoint import restore_user, user_state
+from support.runs.evaluation import (
+    check_loss,
+    counters,
+    initial_test_loss,
+    metrics_line,
+    result_row,
+)
 from support.runs.settings import Settings
 from support.runs.start import starting_point
 from train import build_largest, build_own_user, rhythm_of

@@ -15,8 +15,6 @@ import torch
 from flwr.app import Context, MessageType, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.serverapp import Grid, ServerApp
-from support.runs.evaluation import refused_uploads, result_of, table
-from support.runs.flags import refuse
 
 from federated import Message
 from flower.messages import is_valid_report, pack_message, settings_of, unpack_reply, users_of
@@ -25,6 +23,8 @@ from model import GENERALIST
 from support.errors import BadInput
 from support.files import locked, write, write_json, write_lines
 from support.pretrained.base import Base
+from support.runs.evaluation import refused_uploads, result_of, table
+from support.runs.flags import refuse
 from support.runs.settings import Settings, plain
 from support.runs.start import starting_point
 from support.server import privacy

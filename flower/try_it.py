@@ -21,12 +21,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from support.runs.command_line import as_arguments, run_command
-from support.runs.flags import refuse
-
 import data
 from support.errors import BadInput
 from support.files import write_lines, write_text
+from support.runs.command_line import as_arguments, run_command
+from support.runs.flags import refuse
 from support.runs.folder import settings_of
 from support.runs.settings import Settings
 from support.runs.start import starting_point

@@ -23,7 +23,7 @@ from torch import Tensor
 from bilevel import Batch, Level
 from model import GENERALIST, GPT, SPECIALIST, GPTConfig
 from support.errors import optional
-from support.runs.settings import status_of
+from support.runs.command_line import run_command
 
 DEFAULT = GPTConfig(vocab_size=257)  # the model of train.py, whose batches have 8 windows
 MATRIX = 1024  # rows and columns of the multiplied matrices
@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     bench = bench_smollm2 if args.what == "smollm2" else bench_default
     print(f"{args.device}, {torch.get_num_threads()} threads")
     torch.manual_seed(0)
-    return status_of("lab.bench", lambda: bench(args.device), "nothing was written")
+    return run_command("lab.bench", lambda: bench(args.device), "nothing was written")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from compare import Comparison, compare, split
 from methods import METHODS
 from support.errors import BadInput
-from support.runs.settings import parsed, status_of
+from support.runs.command_line import parsed, run_command
 
 
 class Base(NamedTuple):
@@ -133,7 +133,7 @@ def experiment(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return status_of("lab.experiments", lambda: experiment(sys.argv[1:] if arguments is None else arguments),
+    return run_command("lab.experiments", lambda: experiment(sys.argv[1:] if arguments is None else arguments),
                      "the runs that ended are kept")
 
 

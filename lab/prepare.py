@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 from support.errors import BadInput, optional
 from support.files import write
-from support.runs.settings import check, parsed, setting, status_of
+from support.runs.command_line import parsed, run_command
+from support.runs.flags import check_values, setting
 from support.text.sources import PREPARED, TABLES, field_of, rows, text_of
 
 
@@ -52,7 +53,7 @@ class Preparation:
                                float, above=0)
 
     def __post_init__(self):
-        check(self)
+        check_values(self)
 
 
 # --- tables ----------------------------------------------------------------------------
@@ -303,7 +304,7 @@ def from_command_line(arguments: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
-    return status_of("lab.prepare", lambda: from_command_line(given), "nothing was written")
+    return run_command("lab.prepare", lambda: from_command_line(given), "nothing was written")
 
 
 if __name__ == "__main__":

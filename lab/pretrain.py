@@ -20,9 +20,11 @@ from model import GENERALIST, GPT, GPTConfig
 from support.errors import BadInput
 from support.files import write
 from support.pretrained.gpt2 import pack
-from support.runs.measuring import DIVERGED
-from support.runs.settings import Training, check_device, parsed, setting, status_of
-from support.runs.start import blank
+from support.runs.command_line import parsed, run_command
+from support.runs.evaluation import DIVERGED
+from support.runs.flags import setting
+from support.runs.settings import Training
+from support.runs.start import blank, check_device
 from support.text.trigram import trigram_loss
 
 
@@ -84,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> None:
         pretrain(parsed(arguments, Pretraining))
 
-    return status_of("lab.pretrain", work, "nothing was written")
+    return run_command("lab.pretrain", work, "nothing was written")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from model import GENERALIST
 from sample import open_run
 from support.report import page
 from support.report.tables import markdown
-from support.runs.folder import Learned
-from support.runs.settings import check, parsed, setting, status_of
+from support.runs.checkpoint import TrainedUser
+from support.runs.command_line import parsed, run_command
+from support.runs.flags import check_values, setting
 
 FUNCTION_WORDS = {  # by user
     "de": {
@@ -49,7 +50,7 @@ class Words:
     run: str = setting("out", "folder of a run whose users are called de, fr, ...")
 
     def __post_init__(self):
-        check(self)
+        check_values(self)
 
 
 def classes(pieces: list[str], lists: dict[str, str]) -> list[set[str]]:
@@ -69,7 +70,7 @@ def classes(pieces: list[str], lists: dict[str, str]) -> list[set[str]]:
     return found
 
 
-def shares(user: Learned, tokens: np.ndarray, tokenizer: tiktoken.Encoding) -> dict[str, tuple[int, np.ndarray]]:
+def shares(user: TrainedUser, tokens: np.ndarray, tokenizer: tiktoken.Encoding) -> dict[str, tuple[int, np.ndarray]]:
     """How many tokens of a text there are of each class, and the generalists' mean gate for them in each layer (L,)."""
     generalist = [role == GENERALIST for role in user.model.config.expert_roles]
     gates = page.gates_of(user, tokens)[:, :, generalist].sum(2)  # (L, n - 1)
@@ -104,7 +105,7 @@ def show(words: Words) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return status_of("lab.words", lambda: show(parsed(arguments, Words)), "nothing was written")
+    return run_command("lab.words", lambda: show(parsed(arguments, Words)), "nothing was written")
 
 
 if __name__ == "__main__":

@@ -1,44 +1,28 @@
-"""Files that are there whole or not at all, however the process that writes them, or its machine, ends."""
+"""Files that are written completely or not at all, even if the process or the machine stops."""
 
-import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
 try:
     import fcntl
-except ImportError:  # on Windows nothing keeps two processes apart
+except ImportError:  # Windows has no such locks
     fcntl = None
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Write a file under another name, which `save` is given, and then rename it. Its folder is made if need be."""
+    """Write a file: `save` writes it under a temporary name, and then it is renamed. Makes its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         save(temporary)
-        on_disk(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # on the disk before the rename, in case of a power failure
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def on_disk(path: Path) -> None:
-    """Wait until a file is on the disk, so that its machine may lose power."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def locked(folder: Path) -> IO:
-    """Make a folder, and keep other processes out of it as long as this file is open. Raises OSError, and of these
-    BlockingIOError where another process has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "lock", "w")  # noqa: SIM115, it is to stay open
-    if fcntl:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return file
 
 
 def write_text(path: Path, text: str) -> None:
@@ -49,19 +33,31 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
+def write_lines(path: Path, entries: Iterable[dict]) -> None:
+    """Write a .jsonl file: one line of JSON per entry."""
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))
+
+
 def read_json(path: Path) -> dict:
     """Raises OSError, ValueError."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; none where there is no file. Raises OSError, ValueError."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def kept(folder: Path, key: object, compute: Callable[[], object]) -> object:
-    """What was computed earlier under this key, out of a file in that folder; else it is computed now, and kept."""
-    path = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
+    """The entries of a .jsonl file; none if there is no file. Raises OSError, ValueError."""
     if not path.exists():
-        write_json(path, compute())
-    return read_json(path)
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def locked(folder: Path) -> IO:
+    """Make a folder and lock it against other processes while the returned file is open.
+
+    Raises OSError; BlockingIOError if another process has locked it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "w")  # noqa: SIM115, it stays open
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file

@@ -9,7 +9,7 @@ import torch
 import train
 from model import GPT, GPTConfig
 from support.pretrained.gpt2 import pack
-from support.runs.settings import parsed
+from support.runs.command_line import parsed
 
 torch.set_num_threads(1)
 

@@ -15,7 +15,7 @@ from lab import experiments
 from support.errors import Diverged
 from support.report.tables import curves, latex, markdown, summarize, table
 from support.runs import folder
-from support.runs.settings import parsed
+from support.runs.command_line import parsed
 
 SHORT = f"{' '.join(TINY)} --rounds 1 --specialists 1 --data text"
 

@@ -83,7 +83,7 @@ def test_the_logits_of_all_positions_are_never_held_at_once(monkeypatch):
 
 
 def test_the_mixtures_sorting_worked_by_hand():
-    """Tokens 10 and 20; selected [[2, 0], [2, 1]]; expert e adds e: 0.3·10 + 0.7·12, 0.4·21 + 0.6·22."""
+    """Tokens 10 and 20, and expert e adds e: 0.7·12 + 0.3·10 and 0.6·22 + 0.4·21."""
     experts = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(3))
     with torch.no_grad():
         for e, expert in enumerate(experts):
@@ -99,7 +99,12 @@ def test_the_frozen_block_reads_a_token_once_however_many_experts_it_selects(mon
     """Its input projections; its weights learn nothing."""
     rows = []
     frozen = LoRALinear.frozen
-    monkeypatch.setattr(LoRALinear, "frozen", lambda self, x: rows.append(len(x)) or frozen(self, x))
+
+    def counted(self, x):
+        rows.append(len(x))
+        return frozen(self, x)
+
+    monkeypatch.setattr(LoRALinear, "frozen", counted)
     model = tiny(specialists=4, top_k=3, expert="lora", feed_forward="swiglu")
     gradients(model)
     per_layer = 2 + 2  # attention's two projections, and the block's up_proj and gate_proj

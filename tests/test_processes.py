@@ -14,7 +14,7 @@ from conftest import command, state
 from federated import User
 from support.errors import BadInput
 from support.runs import processes
-from support.runs.settings import parsed
+from support.runs.command_line import parsed
 from tiny import Stranger
 
 

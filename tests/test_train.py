@@ -18,7 +18,8 @@ from model import BACKBONE, GPT, ROUTER, SPECIALIST, GPTConfig
 from support.pretrained import base as pretrained
 from support.report import page
 from support.runs import folder, measuring, settings
-from support.runs.settings import Settings, as_flags, parsed, status_of
+from support.runs.command_line import as_flags, parsed, run_command
+from support.runs.settings import Settings
 from support.server import privacy
 from support.text.trigram import trigram_loss
 
@@ -243,14 +244,14 @@ def test_settings_say_nothing_about_this_machine_and_stand_in_messages_as_flags(
 @pytest.mark.parametrize("work", [lambda: torch.empty(10 ** 15), lambda: torch.empty(2 ** 62, 8),
                                   lambda: bytes(2 ** 62), lambda: Path("no/file").read_text()])
 def test_a_lack_of_memory_or_of_a_file_is_one_line(work, capsys):
-    line = refusal(capsys, [], lambda _: status_of("train.py", work, ""))
+    line = refusal(capsys, [], lambda _: run_command("train.py", work, ""))
     assert re.match("train.py: (there isn't enough memory .*; take a smaller|no/file: .*; check the disk)", line)
 
 
 @pytest.mark.parametrize("work", [lambda: torch.zeros(1).expand(2).add_(1), lambda: {}["x"]])
 def test_mistakes_in_the_program_are_tracebacks(work):
     with pytest.raises((RuntimeError, KeyError), match="refers to a single memory location|x"):
-        status_of("train.py", work, "")
+        run_command("train.py", work, "")
 
 
 def test_help_explains_every_flag_once_under_one_of_the_headings(capsys):

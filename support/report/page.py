@@ -1,10 +1,13 @@
-"""The page of a run: what is to be seen is computed here and put as JSON into page.html, which draws it."""
+"""The report of a run: numbers and texts are computed here, and page.html draws them.
+
+The page is one file that loads nothing. Its content is JSON in the place of @@DATA@@.
+"""
 
 import base64
 import codecs
 import json
 import math
-import re
+import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,117 +16,250 @@ import tiktoken
 import torch
 
 import data
-from bilevel import evaluate
+from bilevel import Batch, evaluate
+from data import Text
 from model import GENERALIST, GPT, dense_gates
 from support.files import read_json, read_lines, write_text
-from support.runs.folder import Learned
+from support.runs.checkpoint import TrainedUser
 from support.sampling import stream
 
-SHOWN = 8  # users on the page, at most
-OWN, COMMON = 800, 150  # tokens shown of a user's text, and of each user's in the text that all users read
-PROMPT, WRITTEN = 20, 60  # tokens of a beginning that all models are given, and that each adds to it
-READ = 4000  # tokens that an expert's favourites and the shares by kind are computed from
-KINDS = re.compile(r" *(?:(?P<letters>\w*[^\W\d_]\w*)|(?P<digits>\d+)) *|(?P<space>\s+)|(?P<other>.*)", re.S)
-NUMBERS = dict(enumerate("no one two three four five six seven eight nine ten".split()))
+TEMPLATE = Path(__file__).with_name("page.html")
+USERS_SHOWN = 8
+TOKENS_SHOWN = 800  # of a user's own text
+TOKENS_SHARED = 150  # of each user's text in the text that all models read
+TOKENS_READ = 4000  # of a text, for favourites and perplexities
+PROMPT_TOKENS = 20
+NEW_TOKENS = 60  # that each model adds to the prompt
+FAVOURITES = 10  # tokens listed for an expert
+FREQUENT = 5  # a favourite occurs at least so often in a text
+HARDLY_EVER = 0.01  # mean gate below which a token is no favourite
 
 
-def of_run(folder: Path, path: Path, title: str, texts: list[data.Text], users: list[Learned],
-           tokenizer: tiktoken.Encoding) -> None:
-    """Write the page of a run, of test text if it has ended, else of validation text. A text's user is the one in the
-    same place. Raises OSError, ValueError."""
-    metrics, n = read_lines(folder / "metrics.jsonl"), len(texts)
-    result = read_json(folder / "result.json") if (folder / "result.json").exists() else None
-    progress = [[user[key] for key in ("name", "test_ppl_start", "test_ppl", "trigram_ppl")]
-                for user in result["users"]] if result else [
-        [first["user"], math.exp(first["valid_loss"]), math.exp(last["valid_loss"]), None]
-        for first, last in zip(metrics[:n], metrics[-n:], strict=True)]
-    shown = [(text.name, text.test if result else text.valid, user)
-             for text, user in zip(texts, users, strict=True)][:SHOWN]
-    alike = len({tokens.tobytes() for _, tokens, _ in shown}) == 1
-    prompt, common = shown[0][1][:PROMPT], np.concatenate([tokens[:COMMON] for _, tokens, _ in shown])
+def of_run(folder: Path, path: Path, title: str, texts: list[Text],
+           users: list[TrainedUser], tokenizer: tiktoken.Encoding) -> None:
+    """Write the page of the run in `folder` to `path`.
+
+    texts, users: users[i] is evaluated on texts[i]. The page shows test text if the run
+    has ended, else validation text. Raises OSError, ValueError.
+    """
+    metrics = read_lines(folder / "metrics.jsonl")
+    result = None
+    if (folder / "result.json").exists():
+        result = read_json(folder / "result.json")
+        progress = progress_of_result(result)
+    else:
+        progress = progress_of_metrics(metrics, len(texts))
+
+    texts, users_shown = texts[:USERS_SHOWN], users[:USERS_SHOWN]
+    names = [text.name for text in texts]
+    if result is None:
+        tokens = [text.valid for text in texts]
+    else:
+        tokens = [text.test for text in texts]
+    prompt = tokens[0][:PROMPT_TOKENS]
     content = {
-        "title": title, "headline": headline(progress, max(line["round"] for line in metrics), users),
-        "written": [[user.name, *written(user, prompt, tokenizer)] for user in dict.fromkeys(users[:SHOWN])],
-        "own": [view(*each, tokenizer, OWN) for each in shown],
-        "same": [] if alike else [view(name, common, user, tokenizer, len(common)) for name, _, user in shown],
-        "progress": progress, "result": result, "metrics": metrics}
-    inert = json.dumps(content).replace("<", "\\u003c")  # ASCII, and no tag can begin in it
-    write_text(path, Path(__file__).with_name("page.html").read_text(encoding="utf-8").replace("@@DATA@@", inert))
+        "title": title,
+        "headline": headline(progress, users, metrics[-1]["round"], result is not None),
+        "progress": progress,
+        "result": result,
+        "metrics": metrics,
+        "samples": [sample(user, prompt, tokenizer) for user in dict.fromkeys(users_shown)],
+        "own": own_views(names, tokens, users_shown, tokenizer),
+        "same": same_views(names, tokens, users_shown, tokenizer),
+    }
+    write_text(path, TEMPLATE.read_text(encoding="utf-8").replace("@@DATA@@", inert(content)))
 
 
-def headline(progress: list[list], rounds: int, users: list[Learned]) -> str:
-    """A run in a sentence. progress: each user's name, perplexity before and after, and, at the end, its trigram's."""
-    n, (before, after, trigram) = len(progress), np.array([row[1:] for row in progress], float).T  # None becomes nan
-    model, number = users[0].model, NUMBERS.get(n, n)
-    how = "from pooled text" if model is users[-1].model else "together" if model.having(GENERALIST) else "alone"
-    who, mean = ("One user learned", "") if n == 1 else (f"{number} users learned {how}".capitalize(), " on average")
-    when = f"for {rounds} round{'s' * (rounds != 1)}{' so far: validation' if np.isnan(trigram).all() else ': test'}"
-    everyone = {1: "they", 2: "both"}.get(n, f"all {number}")
-    claims = {"beat a trigram table of their own text": (after < trigram).sum(), "got worse": (after > before).sum(),
-              "lost to a trigram table of their own text": (after >= trigram).all() * n}
-    told = (f"{everyone if k == n else f'{NUMBERS.get(k, k)} of {number}'} {claim}" for claim, k in claims.items() if k)
-    return "; ".join([f"{who} {when} perplexity {before.mean():.1f}\xa0→\xa0{after.mean():.2f}{mean}", *told])
+def inert(content: dict) -> str:
+    """JSON in which no HTML tag can begin."""
+    return json.dumps(content).replace("<", "\\u003c")
 
 
-def written(user: Learned, prompt: np.ndarray, tokenizer: tiktoken.Encoding) -> list[str]:
-    """A prompt, and how a user's model goes on, always with the likeliest token."""
-    idx = torch.from_numpy(prompt.astype(np.int64))[None].to(user.model.tokens.weight.device)
-    new = stream(user.model, idx, WRITTEN, temperature=0, vocabulary=tokenizer.n_vocab, gates=user.gates)
-    words = list(decode([*prompt.tolist(), *map(int, new)], tokenizer))
-    return ["".join(words[1:len(prompt)]), "".join(words[len(prompt):])]
+# --- perplexities ------------------------------------------------------------------------
+
+def progress_of_result(result: dict) -> list[dict]:
+    """Each user's test perplexity before and after training, and that of its trigram model."""
+    rows = []
+    for user in result["users"]:
+        rows.append({"name": user["name"], "before": user["test_ppl_start"],
+                     "after": user["test_ppl"], "trigram": user["trigram_ppl"]})
+    return rows
 
 
-def view(name: str, tokens: np.ndarray, user: Learned, tokenizer: tiktoken.Encoding, shown: int) -> dict:
-    """What is to be seen of a text and a model: tokens, gates, and what each expert has its largest shares of."""
-    tokens = tokens[:READ]
+def progress_of_metrics(metrics: list[dict], users: int) -> list[dict]:
+    """Each user's validation perplexity at the start and now.
+
+    metrics: lines of metrics.jsonl; each evaluation is one line for each user, in order.
+    """
+    rows = []
+    for first, last in zip(metrics[:users], metrics[-users:], strict=True):
+        rows.append({"name": first["user"], "before": math.exp(first["valid_loss"]),
+                     "after": math.exp(last["valid_loss"]), "trigram": None})
+    return rows
+
+
+def headline(progress: list[dict], users: list[TrainedUser], rounds: int, ended: bool) -> str:
+    """A run in one sentence.
+
+    "2 users learned together for 1 round: test perplexity 9.0 → 5.00; 1 of 2 beat a trigram
+    model of their training text"
+    """
+    before = statistics.mean(row["before"] for row in progress)
+    after = statistics.mean(row["after"] for row in progress)
+    when = f"for {counted(rounds, 'round')}"
+    split = "test" if ended else "validation"
+    number = len(progress)
+    parts = [f"{counted(number, 'user')} learned {manner(users)} {when}: mean {split} "
+             f"perplexity {before:.1f}\xa0→\xa0{after:.2f}"]
+    if ended:
+        better = sum(row["after"] < row["trigram"] for row in progress)
+        parts.append(f"{better} of {number} beat a trigram model of their training text")
+    worse = sum(row["after"] > row["before"] for row in progress)
+    if worse:
+        parts.append(f"{worse} of {number} got worse")
+    return "; ".join(parts)
+
+
+def counted(number: int, noun: str) -> str:
+    """counted(2, "user") -> "2 users"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def manner(users: list[TrainedUser]) -> str:
+    """How the users of a run learned."""
+    if len(users) == 1:
+        return "alone"
+    if users[0].model is users[1].model:
+        return "from pooled text"
+    return "together" if users[0].model.having(GENERALIST) else "alone"
+
+
+# --- texts, tokens and gates --------------------------------------------------------------
+
+def sample(user: TrainedUser, prompt: np.ndarray, tokenizer: tiktoken.Encoding) -> dict:
+    """The likeliest continuation of a prompt (n,) by a user's model."""
+    idx = torch.from_numpy(prompt.astype(np.int64))[None].to(user.model.device)  # (1, n)
+    new = stream(user.model, idx, NEW_TOKENS, temperature=0, vocabulary=tokenizer.n_vocab,
+                 fixed_gates=user.fixed_gates)
+    tokens = prompt.tolist() + [token.item() for token in new]
+    pieces = list(decode(tokens, tokenizer))
+    return {"name": user.name, "prompt": "".join(pieces[1:len(prompt)]),  # without the mark
+            "continuation": "".join(pieces[len(prompt):])}
+
+
+def own_views(names: list[str], tokens: list[np.ndarray], users: list[TrainedUser],
+              tokenizer: tiktoken.Encoding) -> list[dict]:
+    """Each user's own text, read by its model."""
+    views = []
+    for name, text, user in zip(names, tokens, users, strict=True):
+        views.append(view(name, text, user, tokenizer, TOKENS_SHOWN))
+    return views
+
+
+def same_views(names: list[str], tokens: list[np.ndarray], users: list[TrainedUser],
+               tokenizer: tiktoken.Encoding) -> list[dict]:
+    """A text made of all users' texts, read by each model; none if they share one text."""
+    if all(np.array_equal(text, tokens[0]) for text in tokens):
+        return []
+    shared = np.concatenate([text[:TOKENS_SHARED] for text in tokens])
+    views = []
+    for name, user in zip(names, users, strict=True):
+        views.append(view(name, shared, user, tokenizer, len(shared)))
+    return views
+
+
+def view(name: str, tokens: np.ndarray, user: TrainedUser, tokenizer: tiktoken.Encoding,
+         shown: int) -> dict:
+    """A text (n,) and how a user's model routes it. `shown` tokens are on the page."""
+    tokens = tokens[:TOKENS_READ]
     gates = gates_of(user, tokens)  # (L, n - 1, E): the last token is only a target
-    words = list(decode(tokens[:-1].tolist(), tokenizer))
-    kinds = np.array([KINDS.fullmatch(word).lastgroup for word in words])
-    generalists = user.model.config.expert_roles.count(GENERALIST)
+    in_255ths = (gates[:, :shown] * 255).round().astype(np.uint8)
+    pieces = list(decode(tokens[:-1].tolist(), tokenizer))
     return {
-        "name": name, "tokens": words[:shown], "read": len(words), "worth": worth(user, tokens, gates),
-        "layers": gates.shape[0], "experts": gates.shape[2], "generalists": generalists,
-        "gates": base64.b64encode((gates[:, :shown] * 255).round().astype(np.uint8).tobytes()).decode(),  # in 255ths
-        "favourites": [[favourites(words, each) for each in layer.T] for layer in gates],
-        "kinds": [{kind: float(layer[kinds == kind, :generalists].sum(1).mean()) for kind in sorted(set(kinds))}
-                  for layer in gates]}
+        "name": name,
+        "tokens": pieces[:shown],
+        "read": len(pieces),
+        "layers": gates.shape[0],
+        "experts": gates.shape[2],
+        "generalists": user.model.config.expert_roles.count(GENERALIST),
+        "gates": base64.b64encode(in_255ths.tobytes()).decode(),
+        "favourites": favourites(pieces, gates),
+        "perplexities": routed_and_mean_perplexity(user, tokens, gates),
+    }
 
 
-def decode(tokens: Iterable[int], tokenizer: tiktoken.Encoding, end: str = "\n‖") -> Iterator[str]:
-    """The text of each token; together they are the whole text. Half a character waits for its rest."""
+def decode(tokens: Iterable[int], tokenizer: tiktoken.Encoding,
+           end: str = "\n‖") -> Iterator[str]:
+    """The text of each token. A character of several tokens comes with the last of them.
+
+    end: the text of the token between documents; without its blanks at the beginning.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for number, token in enumerate(tokens):
-        if token == tokenizer.eot_token:
-            yield decoder.decode(b"", final=True) + (end if number else end.lstrip())
-        else:
+        if token != tokenizer.eot_token:
             yield decoder.decode(tokenizer.decode_single_token_bytes(token))
+            continue
+        unfinished = decoder.decode(b"", final=True)
+        yield unfinished + (end.lstrip() if number == 0 else end)
 
 
-def windows(tokens: np.ndarray, model: GPT) -> Iterator[data.Batch]:
-    """A text as a model reads it."""
-    return data.ordered_windows(tokens, model.config.block_size, str(model.tokens.weight.device))
+def windows(tokens: np.ndarray, model: GPT) -> Iterator[Batch]:
+    """A whole text (n,), in windows of the model's block size."""
+    return data.ordered_windows(tokens, model.config.block_size, str(model.device))
 
 
 @torch.no_grad()
-def gates_of(user: Learned, tokens: np.ndarray) -> np.ndarray:
-    """Every expert's gate for every token when a user's model reads these tokens: (L, n, E)."""
-    E = user.model.config.n_experts
-    layers = [[dense_gates(routing, E) for routing in user.model.trunk(idx, user.gates)[1]]
-              for idx, _ in windows(tokens, user.model)]
-    return torch.stack([torch.cat(parts) for parts in zip(*layers, strict=True)]).float().cpu().numpy()
+def gates_of(user: TrainedUser, tokens: np.ndarray) -> np.ndarray:
+    """Each expert's gate for each token, when a user's model reads a text (n,): (L, n - 1, E)."""
+    experts = user.model.config.n_experts
+    parts = []
+    for idx, _ in windows(tokens, user.model):
+        _, routings = user.model.trunk(idx, user.fixed_gates)
+        layers = [dense_gates(routing, experts) for routing in routings]
+        parts.append(torch.stack(layers))  # (L, B * T, E)
+    return torch.cat(parts, dim=1).float().cpu().numpy()
 
 
-def worth(user: Learned, tokens: np.ndarray, gates: np.ndarray) -> tuple[float, float] | None:
-    """The perplexity as routed, and if every token got the mean gates of all; None where nothing is routed."""
-    if user.gates is not None or not user.model.config.routed:
+def perplexity(user: TrainedUser, tokens: np.ndarray,
+               fixed_gates: torch.Tensor | None = None) -> float:
+    """The perplexity of a user's model on a text (n,). fixed_gates (L, E): replace its own."""
+    if fixed_gates is None:
+        fixed_gates = user.fixed_gates
+    loss, _ = evaluate(user.model, windows(tokens, user.model), fixed_gates)
+    return math.exp(loss)
+
+
+def routed_and_mean_perplexity(user: TrainedUser, tokens: np.ndarray,
+                               gates: np.ndarray) -> tuple[float, float] | None:
+    """The perplexity as routed, and with the same mean gates for every token.
+
+    gates: those of gates_of. None if the model has no routers.
+    """
+    if user.fixed_gates is not None or not user.model.config.routed:
         return None
-    means = torch.from_numpy(gates.mean(1))  # (L, E)
-    return tuple(math.exp(evaluate(user.model, windows(tokens, user.model), weights)[0]) for weights in (None, means))
+    mean_gates = torch.from_numpy(gates.mean(1))  # (L, E)
+    return perplexity(user, tokens), perplexity(user, tokens, mean_gates)
 
 
-def favourites(words: list[str], gates: np.ndarray, most: int = 10, often: int = 5) -> list[tuple[str, float]]:
-    """The tokens, of those that come often enough, that an expert has its largest mean gates for, and these."""
-    names, which = np.unique(np.array(words, dtype=object), return_inverse=True)
-    count, total = np.bincount(which), np.bincount(which, gates)
-    mean = np.where(count >= often, total / count, 0)
-    return [(names[i], float(mean[i])) for i in np.argsort(-mean, kind="stable")[:most] if mean[i] >= 0.01]
+def favourites(pieces: list[str], gates: np.ndarray) -> list[list[list[tuple[str, float]]]]:
+    """The tokens with the highest mean gates of each expert, and these means.
+
+    pieces: the text of n tokens. gates: (L, n, E). Returns favourites[layer][expert].
+    """
+    layers, _, experts = gates.shape
+    names, indices, counts = np.unique(
+        np.array(pieces, dtype=object), return_inverse=True, return_counts=True)
+    totals = np.zeros((len(names), layers, experts))
+    np.add.at(totals, indices, gates.transpose(1, 0, 2))
+    frequent = counts >= FREQUENT
+    means = totals[frequent] / counts[frequent, None, None]  # (names, L, E)
+    found = []
+    for layer in range(layers):
+        found.append([highest(names[frequent], means[:, layer, e]) for e in range(experts)])
+    return found
+
+
+def highest(names: np.ndarray, means: np.ndarray) -> list[tuple[str, float]]:
+    """The names with the highest means, highest first."""
+    order = np.argsort(-means, kind="stable")[:FAVOURITES]
+    return [(names[i], float(means[i])) for i in order if means[i] >= HARDLY_EVER]

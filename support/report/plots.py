@@ -1,30 +1,50 @@
-"""The drawing of a comparison, with matplotlib, which is optional."""
+"""The plot of a comparison, with matplotlib, which is optional."""
 
 import statistics
 from pathlib import Path
 
 from support.files import write
+from support.report.tables import Row
 
 
-def draw_comparison(summaries: dict[str, dict], path: Path) -> None:
+def draw_comparison(rows: dict[str, Row], path: Path) -> None:
     """Test perplexities, best first, and curves of validation loss, as a .png and an .svg."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(12, 1 + 0.35 * max(10, len(summaries))), layout="constrained")
+
+    figure = Figure(figsize=(12, 1 + 0.35 * max(10, len(rows))), layout="constrained")
     points, lines = figure.subplots(1, 2)
-    ranked = dict(sorted(summaries.items(), key=lambda item: statistics.mean(item[1]["mean"])))
-    means = [statistics.mean(row["mean"]) for row in ranked.values()]
-    deviations = [statistics.stdev(row["mean"]) if len(row["mean"]) > 1 else 0 for row in ranked.values()]
-    points.errorbar(means, list(ranked), xerr=deviations, fmt="o", capsize=3)
-    points.invert_yaxis()
-    points.grid(axis="y", alpha=0.3)
-    points.set_xlabel("test perplexity, mean over users")
-    for number, (label, row) in enumerate(ranked.items()):
-        lines.plot(*zip(*row["valid_loss_by_round"].items(), strict=True), f"C{number % 10}", label=label,
-                   linestyle=("solid", "dashed", "dotted")[number // 10 % 3])
-    lines.set_xlabel("round")
-    lines.set_ylabel("validation loss, nats")
-    lines.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    with rc_context({"svg.fonttype": "none"}):  # letters stay letters
-        for kind in ("png", "svg"):
-            write(path.with_suffix(f".{kind}"), lambda temporary, kind=kind: figure.savefig(temporary, format=kind))
+    ranked = sorted(rows, key=lambda label: statistics.mean(rows[label].mean))
+    draw_perplexities(points, {label: rows[label] for label in ranked})
+    draw_curves(lines, {label: rows[label] for label in ranked})
+    with rc_context({"svg.fonttype": "none"}):  # text stays text
+        for format in ("png", "svg"):
+            def save(temporary: Path, format: str = format) -> None:
+                figure.savefig(temporary, format=format)
+
+            write(path.with_suffix(f".{format}"), save)
+
+
+def draw_perplexities(axes, rows: dict[str, Row]) -> None:
+    """Mean over users and seeds, with the standard deviation over seeds."""
+    means = []
+    deviations = []
+    for row in rows.values():
+        means.append(statistics.mean(row.mean))
+        deviations.append(statistics.stdev(row.mean) if len(row.mean) > 1 else 0)
+    axes.errorbar(means, list(rows), xerr=deviations, fmt="o", capsize=3)
+    axes.invert_yaxis()
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_xlabel("test perplexity after the last average, mean over users")
+
+
+def draw_curves(axes, rows: dict[str, Row]) -> None:
+    styles = ("solid", "dashed", "dotted")
+    for number, (label, row) in enumerate(rows.items()):
+        rounds = list(row.valid_loss_by_round)
+        losses = list(row.valid_loss_by_round.values())
+        style = styles[number // 10 % 3]
+        axes.plot(rounds, losses, f"C{number % 10}", label=label, linestyle=style)
+    axes.set_xlabel("round")
+    axes.set_ylabel("validation loss, nats")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))

@@ -1,149 +1,251 @@
-"""What several runs come to: a row for each method, over its seeds and users, as Markdown and LaTeX; and all figures by
-seed and user as CSV, for other programs."""
+"""The table of a comparison: a row per method, over its seeds and users.
+
+It is written as Markdown, LaTeX and JSON. All results by seed and user are written as CSV.
+"""
 
 import csv
 import io
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from model import GENERALIST, ROUTER, SPECIALIST
 from support.files import read_json, read_lines, write_json, write_text
 
 
-def read(folder: Path) -> dict:
+@dataclass
+class Row:
+    """A row of the table: test perplexities over seeds, and costs per user."""
+
+    choice: str  # the learning rate, and a hyper-parameter if one was swept
+    valid_ppl_by_choice: dict[str, float | None]  # with the first seed; None: it diverged
+    users: dict[str, list[float]]  # each user's test perplexity, by seed
+    mean: list[float]  # over users, by seed
+    worst: list[float]  # of the users, by seed
+    hurt: float | None  # fraction of users who do worse than with local
+    trained: float  # parameters that learn
+    sent: float  # parameters that are sent in a round
+    bytes_up: float  # in a round
+    bytes_down: float
+    trigram: list[float]  # perplexity of each user's trigram
+    start: list[float]  # each user's perplexity before training
+    seconds: float  # of a run
+    valid_loss_by_round: dict[int, float]  # in nats, mean over seeds and users
+
+
+def read_result(folder: Path) -> dict:
     return read_json(folder / "result.json")
 
 
-def summarize(folders: list[Path], tried: dict[str, float], rivals: list[Path] | None) -> dict:
-    """A row: test perplexities over seeds, by user and over users, and costs per user. `rivals`: runs of `local`."""
-    runs = [read(folder) for folder in folders]
-    first, users = runs[0], len(runs[0]["users"])
-    curve = {}
-    for line in (line for folder in folders for line in read_lines(folder / "metrics.jsonl")):
-        curve.setdefault(line["round"], []).append(line["valid_loss"])
+def summarize(folders: list[Path], valid_ppl: dict[str, float], local: list[Path]) -> Row:
+    """The row of a method's runs, one per seed.
 
-    def over_users(*roles: str) -> float:
-        return statistics.mean(sum(user["parameters"][role] for role in roles) for run in runs for user in run["users"])
+    valid_ppl: the validation perplexity of each choice. local: the runs of method local.
+    """
+    runs = [read_result(folder) for folder in folders]
+    first = runs[0]
+    users_rounds = first["rounds"] * len(first["users"])
+    by_user = {}
+    for i, user in enumerate(first["users"]):
+        by_user[user["name"]] = [run["users"][i]["test_ppl"] for run in runs]
+    finite = {}
+    for choice, ppl in valid_ppl.items():
+        finite[choice] = ppl if math.isfinite(ppl) else None
+    return Row(
+        choice=min(valid_ppl, key=valid_ppl.get),
+        valid_ppl_by_choice=finite,
+        users=by_user,
+        mean=[run["mean_test_ppl"] for run in runs],
+        worst=[max(user["test_ppl"] for user in run["users"]) for run in runs],
+        hurt=fraction_hurt(runs, [read_result(folder) for folder in local]),
+        trained=mean_parameters(runs, (GENERALIST, SPECIALIST, ROUTER)),
+        sent=mean_parameters(runs, (GENERALIST,)),
+        bytes_up=statistics.mean(run["bytes_up"] / users_rounds for run in runs),
+        bytes_down=statistics.mean(run["bytes_down"] / users_rounds for run in runs),
+        trigram=[user["trigram_ppl"] for user in first["users"]],
+        start=[user["test_ppl_start"] for user in first["users"]],
+        seconds=statistics.mean(run["seconds"] for run in runs),
+        valid_loss_by_round=curve(folders),
+    )
 
-    def per_round(what: str) -> float:
-        return statistics.mean(run[what] for run in runs) / first["rounds"] / users
 
-    theirs = {run["seed"]: run["users"] for run in map(read, rivals or [])}
-    pairs = [(our["test_ppl"], their["test_ppl"]) for run in runs if run["seed"] in theirs
-             for our, their in zip(run["users"], theirs[run["seed"]], strict=True)]
-    return {
-        "choice": min(tried, key=tried.get),
-        "valid_ppl_by_choice": {choice: ppl if math.isfinite(ppl) else None for choice, ppl in tried.items()},
-        "users": {user["name"]: [run["users"][i]["test_ppl"] for run in runs] for i, user in enumerate(first["users"])},
-        "mean": [run["mean_test_ppl"] for run in runs],
-        "worst": [max(user["test_ppl"] for user in run["users"]) for run in runs],
-        "hurt": statistics.mean(our > their for our, their in pairs) if pairs else None,
-        "trained": over_users(GENERALIST, SPECIALIST, ROUTER), "sent": over_users(GENERALIST),
-        "bytes_up": per_round("bytes_up"), "bytes_down": per_round("bytes_down"),
-        "trigram": [user["trigram_ppl"] for user in first["users"]],
-        "start": [user["test_ppl_start"] for user in first["users"]],
-        "seconds": statistics.mean(run["seconds"] for run in runs),
-        "valid_loss_by_round": {number: statistics.mean(losses) for number, losses in curve.items()}}
+def mean_parameters(runs: list[dict], roles: tuple[str, ...]) -> float:
+    """The mean number of parameters that a user has in some roles."""
+    counts = []
+    for run in runs:
+        for user in run["users"]:
+            counts.append(sum(user["parameters"][role] for role in roles))
+    return statistics.mean(counts)
+
+
+def fraction_hurt(runs: list[dict], local_runs: list[dict]) -> float | None:
+    """The fraction of users who do worse than with the same seed of local; None without one."""
+    local_users = {run["seed"]: run["users"] for run in local_runs}
+    worse = []
+    for run in runs:
+        if run["seed"] in local_users:
+            for ours, theirs in zip(run["users"], local_users[run["seed"]], strict=True):
+                worse.append(ours["test_ppl"] > theirs["test_ppl"])
+    return statistics.mean(worse) if worse else None
+
+
+def curve(folders: list[Path]) -> dict[int, float]:
+    """Validation loss after each evaluated round, mean over seeds and users."""
+    losses = {}
+    for folder in folders:
+        for line in read_lines(folder / "metrics.jsonl"):
+            losses.setdefault(line["round"], []).append(line["valid_loss"])
+    return {number: statistics.mean(values) for number, values in losses.items()}
+
+
+# --- the table as text ---
+
+COLUMNS = ("Perplexity on test text, each user's and their mean, ± the standard deviation over "
+           "seeds, measured after the last average. rate: the learning rate, and what else was "
+           "chosen on validation text. hurt: the fraction of users who do worse than with the same "
+           "seed of local. trained, sent: a user's parameters that learn, and that it sends. kB: "
+           "per user and round. seconds: per run.")
 
 
 def mean_and_deviation(values: list[float]) -> str:
     """mean_and_deviation([1.0, 2.0, 3.0]) -> "2.00 ± 1.00"."""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation}"
+    mean = f"{statistics.mean(values):.2f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.2f}"
 
 
-def markdown(rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+def cells_of(label: str, row: Row) -> list[str]:
+    """A row's cells."""
+    cells = [label, row.choice]
+    for values in (*row.users.values(), row.mean, row.worst):
+        cells.append(mean_and_deviation(values))
+    cells.append("–" if row.hurt is None else f"{row.hurt:.0%}")
+    for number in (row.trained, row.sent, row.bytes_up / 1000, row.bytes_down / 1000):
+        cells.append(f"{number:,.0f}")
+    cells.append(f"{row.seconds:.0f}")
+    return cells
 
 
-def latex(rows: list[list[str]], caption: str) -> str:
-    def line(row: list[str]) -> str:
-        return " & ".join(re.sub(r"([%&_#${}])", r"\\\1", cell).replace("±", r"$\pm$") for cell in row) + r" \\"
-    return "\n".join([r"\begin{table}", rf"\caption{{{line([caption])[:-3]}}}",
-                      rf"\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}", line(rows[0]), r"\hline",
-                      *map(line, rows[1:]), r"\end{tabular}", r"\end{table}", ""])
+def reference_cells(label: str, values: list[float]) -> list[str]:
+    """The cells of a row without training: perplexities by user, their mean and the worst."""
+    numbers = [*values, statistics.mean(values), max(values)]
+    return [label, "", *(f"{number:.2f}" for number in numbers), *[""] * 6]
 
 
-def table(summaries: dict[str, dict]) -> list[list[str]]:
-    """Cells: test perplexity by user and over users, mean ± standard deviation over seeds, and what it costs. Below,
-    the first row's models as they start, and the trigrams, if they are the same for all."""
-    any_row = next(iter(summaries.values()))
-    rows = [["", "rate", *any_row["users"], "mean", "worst user", "hurt", "trained", "sent", "kB up", "kB down",
-             "seconds"]]
-    for label, row in summaries.items():
-        rows.append([label, row["choice"], *(mean_and_deviation(values) for values in row["users"].values()),
-                     mean_and_deviation(row["mean"]), mean_and_deviation(row["worst"]),
-                     "–" if row["hurt"] is None else f"{row['hurt']:.0%}", f"{row['trained']:,.0f}",
-                     f"{row['sent']:,.0f}", f"{row['bytes_up'] / 1000:,.0f}", f"{row['bytes_down'] / 1000:,.0f}",
-                     f"{row['seconds']:.0f}"])
-    for label, key in (("no training", "start"), ("trigram", "trigram")):
-        values = any_row[key]
-        if key == "start" or all(row[key] == values for row in summaries.values()):
-            numbers = [*values, statistics.mean(values), max(values)]
-            rows.append([label, "", *(f"{number:.2f}" for number in numbers), *[""] * 6])
-    return rows
+def table(rows: dict[str, Row]) -> list[list[str]]:
+    """All cells. Below the rows: the untrained models of the first, and trigrams that all share."""
+    first = next(iter(rows.values()))
+    header = ["", "rate", *first.users, "mean", "worst user", "hurt", "trained", "sent", "kB up",
+              "kB down", "seconds"]
+    cells = [header]
+    for label, row in rows.items():
+        cells.append(cells_of(label, row))
+    cells.append(reference_cells("no training", first.start))
+    if all(row.trigram == first.trigram for row in rows.values()):
+        cells.append(reference_cells("trigram", first.trigram))
+    return cells
 
 
-COLUMNS = ("Perplexity on test text, each user's and their mean, ± the standard deviation over seeds. rate: the "
-           "learning rate, and what else was chosen on validation text. hurt: how many users do worse than with the "
-           "same seed of local. trained, sent: parameters of a user that learn, and that it sends. kB: a user's, in a "
-           "round. seconds: of a run.")
+def curves(rows: dict[str, Row]) -> list[list[str]]:
+    """Cells: validation loss in nats, mean over users and seeds, by round."""
+    rounds = []
+    for row in rows.values():
+        for number in row.valid_loss_by_round:
+            if number not in rounds:
+                rounds.append(number)
+    cells = [["validation loss after round", *(str(number) for number in rounds)]]
+    for label, row in rows.items():
+        losses = [row.valid_loss_by_round.get(number, math.nan) for number in rounds]
+        cells.append([label, *(f"{loss:.3f}" for loss in losses)])
+    return cells
+
+
+def markdown(cells: list[list[str]]) -> str:
+    header, *body = cells
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def escaped(text: str) -> str:
+    """Text for LaTeX."""
+    return re.sub(r"([%&_#${}])", r"\\\1", text).replace("±", r"$\pm$")
+
+
+def latex(cells: list[list[str]], caption: str) -> str:
+    columns = "l" + "r" * (len(cells[0]) - 1)
+    header, *body = [" & ".join(escaped(cell) for cell in line) + r" \\" for line in cells]
+    lines = [r"\begin{table}", rf"\caption{{{escaped(caption)}}}",
+             rf"\begin{{tabular}}{{{columns}}}", header, r"\hline", *body,
+             r"\end{tabular}", r"\end{table}"]
+    return "\n".join(lines) + "\n"
 
 
 def caption(rows: list[dict], seeds: int) -> str:
-    """What is common to all rows of settings."""
-    def common(text: str, *names: str) -> str:
-        values = [{str(row[name]) for row in rows} for name in names]
-        return text.format(*(each.pop() if len(each) == 1 else "differing" for each in values))
-    return " ".join([
-        common("Text: {}, target: {}. Base: {}, experts: {}.", "data", "target", "init_from", "expert"),
-        common("{} users, {} rounds of {} steps of {} × {} tokens;", "users", "rounds", "local_steps", "batch_size",
-               "block_size"), f"{seeds} seed{'s' * (seeds > 1)}."])
+    """What all rows of settings have in common."""
+    def common(name: str) -> str:
+        values = {str(row[name]) for row in rows}
+        return values.pop() if len(values) == 1 else "differing"
+
+    text = (f"Text: {common('data')}, target: {common('target')}. "
+            f"Base: {common('init_from')}, experts: {common('expert')}. "
+            f"{common('users')} users, {common('rounds')} rounds of {common('local_steps')} steps "
+            f"of {common('batch_size')} × {common('block_size')} tokens; {seeds} seed")
+    return f"{text}s." if seeds > 1 else f"{text}."
 
 
-def as_csv(records: Callable[[Path], Iterable[dict]], folders: dict[str, list[Path]], caption: str) -> str:
-    """The caption in a first line that begins with #, names, and a line for each record of each run."""
-    text, records = io.StringIO(), [{"row": label, "seed": read(folder)["seed"], **record}
-                                    for label, runs in folders.items() for folder in runs for record in records(folder)]
-    writer = csv.DictWriter(text, records[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return f"# {caption}\n{text.getvalue()}"
+# --- CSV ---
+
+USER_COLUMNS = ("specialists", "test_ppl_start", "valid_ppl", "test_ppl", "test_bpb",
+                "trigram_ppl")
 
 
-def by_user(folder: Path) -> Iterable[dict]:
-    """What each user of a run came to."""
-    for user in read(folder)["users"]:
-        yield {"user": user["name"], **{name: user[name] for name in (
-            "specialists", "test_ppl_start", "valid_ppl", "test_ppl", "test_bpb", "trigram_ppl")},
-            **{f"{role}_parameters": count for role, count in user["parameters"].items()}}
+def user_records(folder: Path) -> Iterable[dict]:
+    """The results of each user of a run."""
+    for user in read_result(folder)["users"]:
+        record = {"user": user["name"]}
+        for name in USER_COLUMNS:
+            record[name] = user[name]
+        for role, count in user["parameters"].items():
+            record[f"{role}_parameters"] = count
+        yield record
 
 
-def by_round(folder: Path) -> Iterable[dict]:
-    """The users' curves in a run, losses in nats."""
+def curve_records(folder: Path) -> Iterable[dict]:
+    """The lines of metrics.jsonl, with one share of the generalists for all layers."""
     for line in read_lines(folder / "metrics.jsonl"):
         yield line | {"generalist_share": statistics.mean(line["generalist_share"])}
 
 
-def write_all(out: Path, summaries: dict[str, dict], folders: dict[str, list[Path]], caption: str) -> str:
-    """table.md, .tex and .json; and figures by seed and user: table.csv, the ends, and curves.csv, the way. Returns the
-    table as Markdown."""
-    cells = table(summaries)
+def as_csv(records: list[dict]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, records[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def write_all(out: Path, rows: dict[str, Row], folders: dict[str, list[Path]],
+              caption: str) -> str:
+    """Write table.md, table.tex, table.json, table.csv and curves.csv.
+
+    folders: the runs of each row. Returns the table as Markdown.
+    """
+    cells = table(rows)
     text = markdown(cells)
-    write_text(out / "table.md", f"{text}\n\n{caption} {COLUMNS}\n\n{curves(summaries)}\n")
+    write_text(out / "table.md", f"{text}\n\n{caption} {COLUMNS}\n\n{markdown(curves(rows))}\n")
     write_text(out / "table.tex", latex(cells, f"{caption} {COLUMNS}"))
-    write_text(out / "table.csv", as_csv(by_user, folders, f"{caption} ppl: perplexity. bpb: bits per byte."))
-    write_text(out / "curves.csv", as_csv(by_round, folders, f"{caption} Losses in nats; bytes so far."))
-    write_json(out / "table.json", summaries)
+    write_json(out / "table.json", {label: asdict(row) for label, row in rows.items()})
+    users = []
+    losses = []
+    for label, runs in folders.items():
+        for folder in runs:
+            key = {"row": label, "seed": read_result(folder)["seed"]}
+            users += [key | record for record in user_records(folder)]
+            losses += [key | record for record in curve_records(folder)]
+    write_text(out / "table.csv", as_csv(users))
+    write_text(out / "curves.csv", as_csv(losses))
     return text
-
-
-def curves(summaries: dict[str, dict]) -> str:
-    """Markdown: validation loss in nats, mean over users and seeds, after so many rounds."""
-    rounds = list(dict.fromkeys(number for row in summaries.values() for number in row["valid_loss_by_round"]))
-    return markdown([["validation loss after round", *map(str, rounds)], *(
-        [label, *(f"{row['valid_loss_by_round'].get(number, float('nan')):.3f}" for number in rounds)]
-        for label, row in summaries.items())])

@@ -1,23 +1,16 @@
-"""A run's folder: who may work in it, and its checkpoints, from which a run continues bit for bit.
-
-A checkpoint is written under another name, brought to the disk and then renamed, and the one before it is kept until
-the next. torch.save writes a zip archive with a checksum for each part, so a damaged one is recognised.
-"""
+"""The folder of a run: config.json, metrics.jsonl, checkpoint.pt, and at the end result.json and page.html."""
 
 import ast
 import hashlib
 import itertools
-import json
 import os
 import platform
 import signal
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy
 import tiktoken
@@ -25,244 +18,210 @@ import torch
 from tqdm import tqdm
 
 from data import SPLITS, Text
-from federated import User
-from model import GPT
 from support.errors import BadInput
-from support.files import locked, on_disk, read_json, write, write_json, write_text
+from support.files import locked, read_json, write_json, write_lines
 from support.pretrained.base import Base
-from support.runs.settings import GROUPS, NO_MEMORY, Settings, given_in, plain, refuse, refuse_rest
+from support.runs.checkpoint import damaged, load_checkpoint, save_checkpoint
+from support.runs.command_line import parse_all
+from support.runs.flags import flags, refuse
+from support.runs.settings import Settings, one_per_user, plain
 
-FORMAT = 5  # of config.json and checkpoints
-DECIDING = ("model", "bilevel", "federated", "methods", "data", "support/kernels")  # code whose digest is kept
-FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "previous.pt", "result.json", "page.html")
-
-
-def config_of(settings: Settings, start: Base, texts: list[Text]) -> dict:
-    """What a run was made with."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
-                "tiktoken": tiktoken.__version__}
-    return {"format": FORMAT, "settings": plain(settings) | {"resume": False}, "base": reference(start),
-            "texts": described(texts), "code": code(), "versions": versions, "threads": torch.get_num_threads()}
+FORMAT = 5  # of config.json
+FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "result.json", "page.html")
 
 
-def code() -> str:
-    """A digest of the code that decides figures: of what it does, not of its comments and docstrings."""
-    trees = [ast.parse((Path(__file__).parents[2] / f"{name}.py").read_text(encoding="utf-8")) for name in DECIDING]
-    for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            del node.body[0]
-    return hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()[:16]
+# --- config.json -----------------------------------------------------------------------------------------------------
+
+NUMERIC_CODE = ("model", "bilevel", "federated", "lora", "methods", "rivals", "data", "support/kernels")  # decides the results
 
 
-def doubts(configs: list[dict]) -> list[str]:
-    """Why runs that are kept may not belong into one table with each other and with this code."""
-    here = code()
-    others = sum(config.get("code") != here for config in configs)
-    read = {}  # what the settings say of text and base -> what it was
+def config_of(settings: Settings, base: Base, texts: list[Text]) -> dict:
+    """Everything that a run was made with."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "numpy": numpy.__version__, "tiktoken": tiktoken.__version__}
+    return {"format": FORMAT, "settings": plain(settings) | {"resume": False}, "base": describe_base(base),
+            "texts": describe_texts(texts), "code": code_digest(), "versions": versions,
+            "threads": torch.get_num_threads()}
+
+
+def describe_base(base: Base) -> dict:
+    return {"name": base.name, "sha256": base.sha256, "tokenizer": base.tokenizer}
+
+
+def describe_texts(texts: list[Text]) -> list[list[str]]:
+    """Each user's name, and a digest of its splits."""
+    described = []
+    for text in texts:
+        digest = hashlib.sha256()
+        for split in SPLITS:
+            digest.update(getattr(text, split).tobytes() + b"|")
+        described.append([text.name, digest.hexdigest()])
+    return described
+
+
+def code_digest() -> str:
+    """A digest of the code that decides the results, without comments and docstrings."""
+    digest = hashlib.sha256()
+    for name in NUMERIC_CODE:
+        source = (Path(__file__).parents[2] / f"{name}.py").read_text(encoding="utf-8")
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            if documented and ast.get_docstring(node) is not None:
+                del node.body[0]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:16]
+
+
+def read_config(path: Path) -> dict:
+    """A config.json. Raises BadInput."""
+    try:
+        config = read_json(path)
+    except (OSError, ValueError) as error:
+        raise damaged(path, f"{type(error).__name__}: {error}") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise damaged(path, f"not format {FORMAT}")
+    return config
+
+
+def runs_of_other_code(configs: list[dict]) -> int:
+    """How many runs were made by other code than this."""
+    here = code_digest()
+    return sum(config.get("code") != here for config in configs)
+
+
+INPUTS = ("data", "user_field", "text_field", "short_users", "target", "train_kb", "valid_kb", "tokenizer", "users",
+          "init_from", "block_size")  # the settings that name text and base
+
+
+def inputs_differ(configs: list[dict]) -> bool:
+    """Whether runs with the same settings of text and base had different text or a different base."""
+    contents = {}
     for config in configs:
-        named = [config["settings"][name] for name in (*GROUPS["text"].split(), "users", "init_from", "block_size")]
-        read.setdefault(str(named), set()).add(str([config["texts"], config["base"]]))
-    return [line for line, wrong in {
-        f"{others} of these {len(configs)} runs are the work of other code; --anew makes them again": others,
-        "some of these runs read other text, or had another base, than the rest; take another --out":
-            any(len(each) > 1 for each in read.values())}.items() if wrong]
+        names = str([config["settings"].get(name) for name in INPUTS])
+        content = [config["texts"], config["base"]]
+        if contents.setdefault(names, content) != content:
+            return True
+    return False
 
 
-def reference(start: Base) -> dict:
-    """What a run keeps of its base: which one it was."""
-    return {"name": start.name, "sha256": start.sha256, "tokenizer": start.tokenizer}
-
-
-def described(texts: list[Text]) -> list[list]:
-    """What a run keeps of its text: names, and a digest of each user's splits."""
-    return [[text.name, hashlib.sha256(b"".join(
-        getattr(text, split).tobytes() + b"|" for split in SPLITS)).hexdigest()] for text in texts]
-
+# --- the folder ------------------------------------------------------------------------------------------------------
 
 class Folder:
-    """The folder of one run, which no other process may work in while this object exists."""
+    """The folder of one run. While this object exists, no other process can work in it."""
 
     def __init__(self, settings: Settings, config: dict):
-        """Make it, or empty it of an old run if that is wanted, and write config.json; or prepare to continue in it.
+        """Begin a run: make the folder, or empty it with `overwrite`, and write config.json. Or open it to resume.
 
         Raises BadInput.
         """
-        name = f"{settings.method}-{Path(settings.data).resolve().name}-{settings.users}users-seed{settings.seed}"
-        self.path, self.config, self.lines = Path(settings.out or free_name(f"out/{name}")), config, []
-        old = [path for path in (self.path / file for file in FILES) if path.exists()]
-        if old and not settings.overwrite and not settings.resume:
-            raise BadInput(f"`out` {self.path}: holds a run; take another folder, or `overwrite` to start anew in "
-                           "it, or `resume` to continue")
+        self.config = config
+        self.metrics = []  # the lines of metrics.jsonl
+        self.path = Path(settings.out or new_folder(settings))
+        old_files = [self.path / name for name in FILES if (self.path / name).exists()]
+        if old_files and not settings.overwrite and not settings.resume:
+            refuse("out", str(self.path), "holds a run",
+                   "use another folder, `overwrite` to delete it, or `resume` to continue it")
         try:
             self.lock = locked(self.path)
             if not settings.resume:
-                for path in old:
-                    path.unlink()
+                for file in old_files:
+                    file.unlink()
                 write_json(self.path / "config.json", config)
         except BlockingIOError:
-            raise BadInput(f"`out` {self.path}: another process works in it; wait, or take another folder") from None
+            refuse("out", str(self.path), "another process works in it", "wait, or use another folder")
         except OSError as error:
-            raise BadInput(f"`out` {self.path}: {error.strerror}; take another folder") from None
+            refuse("out", str(self.path), error.strerror, "use another folder")
 
     def log(self, lines: list[dict]) -> None:
-        """Add to metrics.jsonl."""
-        self.lines += lines
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
+        """Add lines to metrics.jsonl."""
+        self.metrics += lines
+        write_lines(self.path / "metrics.jsonl", self.metrics)
 
     def save(self, state: dict) -> None:
-        """Write a checkpoint; the last one becomes the previous one."""
-        def to_disk(path: Path) -> None:
-            torch.save({"format": FORMAT, "lines": self.lines, **state}, path)
-            on_disk(path)
-            if (self.path / "checkpoint.pt").exists():
-                os.replace(self.path / "checkpoint.pt", self.path / "previous.pt")
-        write(self.path / "checkpoint.pt", to_disk)
+        """Write the checkpoint."""
+        save_checkpoint(self.path, state | {"metrics": self.metrics})
 
-    def continued(self) -> dict | None:
-        """The state to continue from, None if there is none yet; whatever came later is forgotten. Raises BadInput."""
+    def load(self) -> dict | None:
+        """The state to continue from, or None if there is no checkpoint yet. Later lines of metrics are dropped.
+
+        Raises BadInput.
+        """
         if (self.path / "result.json").exists():
-            raise BadInput(f"`resume`: the run in {self.path} has ended; `overwrite` starts anew")
-        begun = json_of(self.path / "config.json")
-        for name, what in (("base", "init_from"), ("texts", "data")):
-            if begun[name] != self.config[name]:
-                raise BadInput(f"`{what}`: is no longer what the run in {self.path} began with; restore it, or "
-                               "start anew with `overwrite`")
-        state = newest(self.path, self.config["settings"]["device"], clean=True)
-        self.lines = state["lines"] if state else []
-        self.log([])  # without what came after the checkpoint
+            raise BadInput(f"`resume`: the run in {self.path} has ended; `overwrite` starts a new one")
+        begun = read_config(self.path / "config.json")
+        for key, setting in (("base", "init_from"), ("texts", "data")):
+            if begun[key] != self.config[key]:
+                raise BadInput(f"`{setting}`: has changed since the run in {self.path} began; restore it, or start "
+                               "again with `overwrite`")
+        state = load_checkpoint(self.path, begun["settings"]["device"])
+        self.metrics = [] if state is None else state["metrics"]
+        self.log([])
         return state
 
-
-def free_name(name: str) -> str:
-    """The name, or with -2, -3, ... after it, of a folder that isn't there yet."""
-    names = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
-    return next(name for name in names if not os.path.exists(name))
+    def finish(self, result: dict) -> None:
+        """Write result.json."""
+        write_json(self.path / "result.json", result)
 
 
-def damaged(path: Path, error: Exception) -> BadInput:
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    return BadInput(f"the run in {path.parent}: {path.name} is missing, damaged or of another version ({reason}); "
-                    "train it anew with `overwrite`")
+def new_folder(settings: Settings) -> str:
+    """A folder under out/ that doesn't exist: the name of the run, or with -2, -3, ... at its end."""
+    text = Path(settings.data).resolve().name
+    name = f"out/{settings.method}-{text}-{settings.users}users-seed{settings.seed}"
+    if not os.path.exists(name):
+        return name
+    for number in itertools.count(2):
+        if not os.path.exists(f"{name}-{number}"):
+            return f"{name}-{number}"
 
 
-def json_of(path: Path) -> dict:
-    """A config.json. Raises BadInput."""
-    try:
-        content = read_json(path)
-    except (OSError, ValueError) as error:
-        raise damaged(path, error) from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise damaged(path, ValueError(f"not format {FORMAT}"))
-    return content
-
+# --- continuing a run ------------------------------------------------------------------------------------------------
 
 def settings_of(arguments: list[str] | None) -> Settings:
-    """The settings of a command line; of a run that is continued, its own. Raises BadInput."""
-    given, rest = given_in(arguments, Settings)
-    refuse_rest(rest)
+    """The settings of a command line. With --resume, those of the run in --out. Raises BadInput."""
+    given = parse_all(arguments, Settings)
     if not given.get("resume"):
         return Settings(**given)
     if "out" not in given:
-        raise BadInput("`resume`: needs the run's folder; give `out`")
-    if not (Path(given["out"]) / "config.json").exists():
-        raise BadInput(f"`resume`: `out` {given['out']} holds no run to continue; give another, or leave `resume` out")
-    saved = json_of(Path(given["out"]) / "config.json")["settings"]
-    for name, value in sorted(given.items(), key=lambda item: isinstance(item[1], tuple)):  # one for each user: last
-        wanted = plain(Settings(**saved | {name: value}))[name] if isinstance(value, tuple) else value
-        if name == "rounds" and (Path(given["out"]) / "result.json").exists():
-            refuse(name, value, f"the run in {given['out']} ended after {saved[name]}, and the cosine of its learning "
-                                "rates with it", "start anew with `overwrite`")
-        if name not in ("resume", "out", "overwrite") and wanted != saved[name]:
-            refuse(name, value, f"the run in {given['out']} has {saved[name]}",
-                   "leave it out, or start anew with `overwrite`")
+        raise BadInput("`resume`: needs the folder of the run; add `out`")
+    path = Path(given["out"], "config.json")
+    if not path.exists():
+        raise BadInput(f"`out` {given['out']}: holds no run to continue; use another folder, or leave `resume` out")
+    saved = read_config(path)["settings"]
+    refuse_changes(given, saved)
     return Settings(**saved | {"overwrite": False} | given)
 
 
-@contextmanager
-def stopped_gently(path: Path | str) -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C end the run in that folder after its round, with a checkpoint, and the second one at once.
-    Gives a function that says whether the run is to end."""
-    asked = []
+def refuse_changes(given: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Raise BadInput if a flag of the command line isn't what the run to continue began with."""
+    for name, value in given.items():
+        if name in ("resume", "out", "overwrite"):
+            continue
+        if flags(Settings)[name].many:
+            value = list(one_per_user(name, value, saved["users"]))
+        if value != saved[name]:
+            refuse(name, given[name], f"the run in {given['out']} has {saved[name]}",
+                   "leave it out, or start again with `overwrite`")
 
-    def ask(*_) -> None:
-        if asked:
+
+@contextmanager
+def stop_after_round(path: Path) -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a request to stop after the round; a second one stops at once.
+
+    Returns a function that tells whether to stop.
+    """
+    requests = []
+
+    def request(*_) -> None:
+        if requests:
             raise KeyboardInterrupt
-        asked.append(True)
+        requests.append(True)
         tqdm.write("stopping at the end of this round; press Ctrl-C again to stop at once", file=sys.stderr)
 
-    before = signal.signal(signal.SIGINT, ask)
+    old_handler = signal.signal(signal.SIGINT, request)
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(requests)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"continue with: python train.py --resume --out {path}") from None
     finally:
-        signal.signal(signal.SIGINT, before)
-
-
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
-class Learned(NamedTuple):
-    """What a user has at the end: its model, and the gates that stand in for its routers', if there are any."""
-
-    name: str
-    model: GPT
-    gates: torch.Tensor | None
-
-
-KEPT = ("gates", "memory", "bytes_up", "bytes_down")  # of a user, besides its model and levels
-
-
-def states(users: list[User]) -> list[dict]:
-    """Everything that users' next steps depend on: their models, without what a base brings, and their levels."""
-    return [{
-        "name": user.name, "config": asdict(user.model.config), **{name: getattr(user, name) for name in KEPT},
-        "parameters": {name: p.data for name, p in user.model.own().items()},
-        "gradients": {name: p.grad for name, p in user.model.own().items() if p.grad is not None},
-        "lower": user.lower.state(), "upper": user.upper and user.upper.state()} for user in users]
-
-
-def restore_model(saved: dict, model: GPT) -> None:
-    """Give a model what a user's state has of it."""
-    for name, parameter in model.own().items():
-        parameter.data = saved["parameters"][name].data  # whose rank a method may have cut
-
-
-def restore_user(user: User, saved: dict) -> None:
-    """Give a user its state."""
-    for name in KEPT:
-        setattr(user, name, saved[name])
-    restore_model(saved, user.model)
-    for name, parameter in user.model.own().items():
-        parameter.grad = saved["gradients"].get(name)  # what a leak has piled up
-    for level, own in ((user.lower, saved["lower"]), (user.upper, saved["upper"])):
-        if level:
-            level.load(own)
-
-
-def newest(folder: Path, device: str = "cpu", clean: bool = False) -> dict | None:
-    """The newest whole checkpoint; None if there is none yet. Raises BadInput where all are damaged.
-
-    clean: delete a damaged one, so that it never takes the place of a whole one.
-    """
-    paths, bad = [path for path in (folder / "checkpoint.pt", folder / "previous.pt") if path.exists()], []
-    for path in paths:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                whole = archive.testzip() is None
-            state = torch.load(path, map_location=device, weights_only=True) if whole else None
-        except Exception as error:  # a damaged file can fail in any way
-            if isinstance(error, MemoryError | OSError) or NO_MEMORY.search(str(error)):
-                raise
-            state = None
-        if state is None:
-            print(f"{path} is damaged; trying the one before it", file=sys.stderr)
-            bad.append(path)
-        elif not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise damaged(path, ValueError(f"not format {FORMAT}"))
-        else:
-            for path in bad if clean else ():
-                path.unlink()
-            return state
-    if bad:
-        raise BadInput(f"the run in {folder} holds no whole checkpoint; train it anew with `overwrite`")
-    return None
+        signal.signal(signal.SIGINT, old_handler)

@@ -1,41 +1,49 @@
-"""Several processes, under torchrun: each plays some of the users, and their answers meet in one all_reduce a round.
+"""Several processes under torchrun: each trains some of the users, and sums meet in all_reduce.
 
     torchrun --nproc-per-node 2 train.py --users 4 --specialists 1,2,4,8
 
-User i belongs to process i mod n. What else passes between processes is whether to stop, and what a simulation writes
-to its folder: figures, and the users' states for the checkpoint, which the first process writes.
+User i belongs to process i mod n. Only sums of weighted generalists pass between the processes'
+servers. The first process also collects what a run writes to its folder. Without torchrun there is
+one process, and every function here returns what it is given.
 """
 
 import atexit
 import os
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from federated import Message, Server, User
 from methods import METHODS
-from support.runs.settings import Settings, refuse
+from support.runs.flags import refuse
+from support.runs.folder import Folder
+from support.runs.settings import Settings
 
-PATIENCE = timedelta(days=1)  # with a process that is slower; one that has died is noticed at once
+TIMEOUT = timedelta(days=1)  # for a slower process; the failure of one is noticed at once
+Item = TypeVar("Item")
 
 
 def join(settings: Settings) -> None:
-    """Meet the other processes, if there are any, each on a GPU of its own where there are some. Raises BadInput."""
-    together, method = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1, METHODS[settings.method]
-    for wrong, name, why in (
-        (together > settings.users, "users", f"too few for {together} processes"),
-        (together > 1 and method.pooled, "method", "one model, which processes can't share"),
-        (together > 1 and method.server is not Server, "method", "has a server of its own, and processes exchange "
-                                                                 "only sums"),
-    ):
-        if wrong:
-            refuse(name, getattr(settings, name), why, "take fewer processes")
-    if "RANK" in os.environ and not dist.is_initialized():
-        if settings.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if settings.device.startswith("cuda") else "gloo", timeout=PATIENCE)
-        atexit.register(dist.destroy_process_group)  # else its threads can be cut off at the end, which is an abort
+    """Connect to the other processes under torchrun, each with its own GPU if there are some. Raises BadInput."""
+    if "RANK" not in os.environ:
+        return
+    processes = int(os.environ["WORLD_SIZE"])
+    method = METHODS[settings.method]
+    if processes > settings.users:
+        refuse("users", settings.users, f"too few for {processes} processes", "use fewer processes")
+    if processes > 1 and method.pooled:
+        refuse("method", settings.method, "trains a single model", "use one process")
+    if processes > 1 and method.server is not Server:
+        refuse("method", settings.method, "has a server that needs more than sums", "use one process")
+    if dist.is_initialized():
+        return
+    if settings.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if settings.device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    atexit.register(dist.destroy_process_group)  # without it the process can abort at its end
 
 
 def index() -> int:
@@ -46,38 +54,91 @@ def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def own(everyones: list) -> list:
-    """This process's part of a list with an entry for each user."""
+def is_first() -> bool:
+    return index() == 0
+
+
+def mine(everyones: list[Item]) -> list[Item]:
+    """This process's entries of a list with one entry per user."""
     return everyones[index()::count()]
 
 
-def gathered(mine: list) -> list:
-    """The whole list again, from each process's part of it."""
+def select(users: list[User], numbers: list[int]) -> list[User]:
+    """The users with these numbers, as far as they belong to this process. users: all of this process."""
+    return [users[i // count()] for i in numbers if i % count() == index()]
+
+
+def gather(entries: list[Item]) -> list[Item]:
+    """All processes' entries in the order of users: the inverse of `mine`."""
     if count() == 1:
-        return mine
+        return entries
     parts = [None] * count()
-    dist.all_gather_object(parts, mine)
-    return [parts[i % count()][i // count()] for i in range(sum(map(len, parts)))]
+    dist.all_gather_object(parts, entries)
+    total = sum(len(part) for part in parts)
+    return [parts[i % count()][i // count()] for i in range(total)]
 
 
-class Together(Server):
-    """A server in every process; all hold the same θ^G."""
+def total(number: float) -> float:
+    """The sum of all processes' numbers."""
+    return sum(gather([number]))
 
-    def take(self, answers: dict[User, Message]) -> int:
+
+class SummingServer(Server):
+    """A server in every process. All hold the same θ^G."""
+
+    def aggregate(self, uploads: dict[User, Message]) -> int:
         """θ^G ← Σ w_i θ_i^G / Σ w_i, each tensor over the users of all processes who have it."""
-        if not self.generalists:
-            return len(answers)
-        sums = {name: torch.zeros_like(tensor) for name, tensor in self.generalists.items()}
-        weights = dict.fromkeys(sums, 0.0)
-        for user, answer in answers.items():
-            for name, tensor in answer.items():
-                sums[name] += user.weight * tensor
-                weights[name] += user.weight
-        last = torch.tensor([*weights.values(), len(answers)]).to(next(iter(sums.values())))
-        flat = torch.cat([*(tensor.flatten() for tensor in sums.values()), last])
-        dist.all_reduce(flat)
-        *parts, totals, n = flat.split([*(tensor.numel() for tensor in sums.values()), len(sums), 1])
-        for (name, tensor), part, total in zip(sums.items(), parts, totals.tolist(), strict=True):
-            if total:
-                self.generalists[name] = part.view_as(tensor) / total
-        return int(n.item())
+        for name, tensor in self.generalists.items():
+            weighted_sum = torch.zeros_like(tensor)
+            weight = tensor.new_zeros(1)
+            for user, message in uploads.items():
+                if name in message:
+                    weighted_sum += user.weight * message[name]
+                    weight += user.weight
+            dist.all_reduce(weighted_sum)
+            dist.all_reduce(weight)
+            if weight.item() > 0:
+                self.generalists[name] = weighted_sum / weight
+        return total(len(uploads))
+
+
+class SharedFolder:
+    """A run's folder under torchrun: only the first process reads and writes it, for all of them."""
+
+    def __init__(self, settings: Settings, config: dict):
+        """Raises BadInput in the first process."""
+        self.folder = Folder(settings, config) if is_first() else None
+        self.path = self.folder.path if is_first() else None
+
+    def log(self, lines: list[dict]) -> None:
+        lines = gather(lines)
+        if self.folder is not None:
+            self.folder.log(lines)
+
+    def save(self, state: dict) -> None:
+        state = dict(state)
+        for name in ("users", "initial_losses"):
+            state[name] = gather(state[name])
+        refused = gather([state["server"]["refused"]])
+        state["server"] = state["server"] | {"refused": sum(refused, [])}
+        if self.folder is not None:
+            self.folder.save(state)
+
+    def load(self) -> dict | None:
+        state, *_ = gather([self.folder.load() if self.folder is not None else None])
+        if state is None:
+            return None
+        for name in ("users", "initial_losses"):
+            state[name] = mine(state[name])
+        if not is_first():
+            state["server"]["refused"] = []  # the first process keeps those of all
+        return state
+
+    def finish(self, result: dict) -> None:
+        if self.folder is not None:
+            self.folder.finish(result)
+
+
+def run_folder(settings: Settings, config: dict) -> Folder | SharedFolder:
+    """The folder of a run. Raises BadInput."""
+    return Folder(settings, config) if count() == 1 else SharedFolder(settings, config)

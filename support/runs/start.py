@@ -1,4 +1,4 @@
-"""Where the models of a run start: from scratch, or from a pretrained model."""
+"""Where the models of a run start: from scratch, or from a pretrained base."""
 
 from dataclasses import replace
 
@@ -7,44 +7,65 @@ import torch
 import data
 from support.errors import BadInput
 from support.pretrained.base import Base, load
+from support.runs.flags import refuse
 from support.runs.settings import SCRATCH, Settings, Training
 
 
+def starting_point(settings: Settings) -> Base:
+    """The base of a run, and its tokenizer. Raises BadInput."""
+    if settings.init_from == "scratch":
+        return blank(settings, settings.tokenizer or "bytes")
+    dtype = dtype_of(settings)
+    base = load(settings.init_from, settings.block_size, settings.n_head, dtype)
+    name = settings.tokenizer or base.tokenizer or "gpt2"
+    if base.tokenizer not in (None, name):
+        refuse_tokenizer(settings, name)
+    encoding = base.encoding or data.tokenizer(name)
+    if encoding.n_vocab > base.config["vocab_size"]:
+        refuse_tokenizer(settings, name)
+    return replace(base, tokenizer=name, encoding=encoding, config=base.config | {"dtype": dtype})
+
+
+def refuse_tokenizer(settings: Settings, name: str) -> None:
+    """Raises BadInput."""
+    refuse("tokenizer", name, f"not the tokenizer that `init_from` {settings.init_from} was trained with",
+           "use the other one")
+
+
 def blank(settings: Training, tokenizer: str) -> Base:
-    """Where a model from scratch starts: a shape without tensors. Raises BadInput."""
-    shape = {name: getattr(settings, name) or default for name, default in SCRATCH.items()}
-    if shape["n_embd"] % shape["n_head"]:
+    """A base without weights, for models from scratch: a shape and a tokenizer. Raises BadInput."""
+    shape = {}
+    for name, default in SCRATCH.items():
+        value = getattr(settings, name)
+        shape[name] = default if value is None else value
+    if shape["n_embd"] % shape["n_head"] != 0:
         raise BadInput(f"`n_embd` {shape['n_embd']}: not divisible by `n_head` {shape['n_head']}; change one of them")
     encoding = data.tokenizer(tokenizer)
     config = {"vocab_size": encoding.n_vocab, "block_size": settings.block_size, **shape}
     return Base("scratch", "", {}, config, tokenizer, encoding)
 
 
-def multiplies_bfloat16(device: str) -> bool:
-    """Whether it does so faster than float32."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities()
-    return device == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-
-
 def dtype_of(settings: Settings) -> str:
+    """The dtype of the frozen weights: for `auto`, bfloat16 on a language model if that is faster."""
     if settings.dtype != "auto":
         return settings.dtype
-    frozen = settings.expert == "lora" and settings.by_others
+    frozen = settings.expert == "lora" and settings.starts_from_language_model
     return "bfloat16" if frozen and multiplies_bfloat16(settings.device) else "float32"
 
 
-def starting_point(settings: Settings) -> Base:
-    """Where the models start: a pretrained model, or from scratch. Raises BadInput."""
-    if settings.init_from == "scratch":
-        return blank(settings, settings.tokenizer or "bytes")
-    dtype = dtype_of(settings)
-    start = load(settings.init_from, settings.block_size, settings.n_head, dtype)
-    name = settings.tokenizer or start.tokenizer or "gpt2"
-    if start.tokenizer in (None, name):
-        encoding = start.encoding or data.tokenizer(name)
-        if encoding.n_vocab <= start.config["vocab_size"]:
-            return replace(start, tokenizer=name, encoding=encoding, config=start.config | {"dtype": dtype})
-    raise BadInput(f"`tokenizer` {name}: not the one that `init_from` {settings.init_from} was trained with; take the "
-                   "other")
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether a device multiplies matrices faster in bfloat16 than in float32."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device != "cpu":
+        return False
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def check_device(device: str) -> None:
+    """Raises BadInput."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError):
+        raise BadInput(f"`device` {device}: not available on this machine; use cpu") from None

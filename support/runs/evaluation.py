@@ -1,0 +1,152 @@
+"""Evaluation of users: their lines in metrics.jsonl, their rows in result.json, and the table that is printed."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+import data
+from bilevel import Batch, evaluate
+from data import Text
+from federated import User
+from methods import METHODS
+from model import GENERALIST, ROLES, SPECIALIST
+from support.errors import Diverged
+from support.runs.settings import Settings
+from support.server.privacy import sentence
+from support.text.trigram import trigram_loss
+
+DIVERGED = 100.0  # nats; a uniform guess has less than 11, with GPT-2's vocabulary
+CURVE_TOKENS = 2048  # tokens of a user's validation text for one point of its curve
+
+
+def whole_text(settings: Settings, tokens: np.ndarray) -> Iterator[Batch]:
+    return data.ordered_windows(tokens, settings.block_size, settings.device)
+
+
+def part_of_text(settings: Settings, tokens: np.ndarray) -> Iterator[Batch]:
+    """Windows that are spread evenly over a text; all of it if it is short."""
+    if len(tokens) <= CURVE_TOKENS:
+        return whole_text(settings, tokens)
+    count = max(1, CURVE_TOKENS // settings.block_size)
+    return data.spread_windows(tokens, count, settings.block_size, settings.device)
+
+
+def check_loss(settings: Settings, user: User, loss: float) -> None:
+    """Raises Diverged."""
+    if loss < DIVERGED:
+        return
+    cause = f"`dp_noise` {settings.dp_noise}" if settings.dp_noise else f"`lr` {settings.lr}"
+    raise Diverged(f"{cause}: the loss of user {user.name} has grown to {loss:.3g}; use a smaller one")
+
+
+def evaluate_user(settings: Settings, user: User, batches: Iterator[Batch]) -> tuple[float, list[float]]:
+    """The loss in nats, and each layer's mean gate of its generalists together. Raises Diverged."""
+    loss, gates = evaluate(user.model, batches, user.fixed_gates)  # gates: (L, E)
+    check_loss(settings, user, loss)
+    generalist = [role == GENERALIST for role in user.model.config.expert_roles]
+    return loss, gates[:, generalist].sum(1).tolist()
+
+
+def initial_test_loss(settings: Settings, user: User, text: Text) -> float:
+    """The loss on test text before the first round, in nats."""
+    loss, _ = evaluate(user.model, whole_text(settings, text.test), user.fixed_gates)
+    return loss
+
+
+def metrics_line(settings: Settings, number: int, user: User, text: Text, train_loss: float | None) -> dict:
+    """A user's line in metrics.jsonl after round `number`.
+
+    train_loss: mean over the round's steps; None if the user wasn't selected.
+    """
+    valid_loss, share = evaluate_user(settings, user, part_of_text(settings, text.valid))
+    return {"round": number, "user": text.name, "train_loss": train_loss, "valid_loss": valid_loss,
+            "generalist_share": share, "bytes_up": user.bytes_up, "bytes_down": user.bytes_down}
+
+
+def result_row(settings: Settings, user: User, text: Text, initial_loss: float) -> dict:
+    """A user's row in result.json, from its whole validation and test text.
+
+    initial_loss: that of initial_test_loss, in nats.
+    """
+    config = user.model.config
+    valid_loss, _ = evaluate_user(settings, user, whole_text(settings, text.valid))
+    test_loss, share = evaluate_user(settings, user, whole_text(settings, text.test))
+    test_bits = test_loss * (len(text.test) - 1) / math.log(2)  # of the whole text
+    parameters = {}
+    for role in ROLES:
+        parameters[role] = sum(parameter.numel() for parameter in user.model.having(role).values())
+    return {
+        "name": text.name,
+        "generalists": config.expert_roles.count(GENERALIST),
+        "specialists": config.expert_roles.count(SPECIALIST),
+        "train_bytes": text.train_bytes,
+        "train_tokens": len(text.train),
+        "parameters": parameters,
+        "valid_ppl": math.exp(valid_loss),
+        "test_ppl_start": math.exp(initial_loss),
+        "test_ppl": math.exp(test_loss),
+        "test_bpb": test_bits / text.test_bytes,
+        "trigram_ppl": math.exp(trigram_loss(text.train, text.test, config.vocab_size)),
+        "generalist_share": share,
+    }
+
+
+def counters(user: User) -> dict:
+    """The tokens that a user has learned from, and the bytes that it has exchanged."""
+    tokens = sum(level.steps * level.batches.tokens_per_batch for level in user.levels)
+    return {"tokens_seen": tokens, "bytes_up": user.bytes_up, "bytes_down": user.bytes_down}
+
+
+def result_of(settings: Settings, rows: list[dict], counts: list[dict], refused: int, seconds: float,
+              privacy: dict) -> dict:
+    """The content of result.json.
+
+    rows: one result_row per text. counts: the counters of each user. refused: number of refused
+    uploads. privacy: that of privacy.guarantee.
+    """
+    result = {"method": settings.method, "seed": settings.seed, "seconds": round(seconds, 1),
+              "rounds": settings.rounds}
+    for name in ("tokens_seen", "bytes_up", "bytes_down"):
+        result[name] = sum(user[name] for user in counts)
+    result["refused"] = refused
+    for name in ("valid_ppl", "test_ppl", "test_bpb"):
+        result[f"mean_{name}"] = sum(row[name] for row in rows) / len(rows)
+    return result | {"users": rows} | privacy
+
+
+def refused_uploads(number: int, refused: list[tuple[str, str]]) -> list[str]:
+    """What to print about uploads that were refused in round `number`: users, and why."""
+    return [f"round {number}: the upload of user {name} was refused: {reason}" for name, reason in refused]
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+def table(result: dict, path: Path) -> str:
+    """A result, to be printed. path: the folder of the run."""
+    routed = METHODS[result["method"]].routed
+    lines = [f"{'user':<14}{'experts':>9}{'parameters':>12}{'train kB':>10}{'test perplexity':>20}{'trigram':>9}"
+             f"{'bits/byte':>11}{'to generalists':>16}"]
+    for user in result["users"]:
+        lines.append(table_line(user, routed))
+    lines.append(f"{'mean':<45}{'':>13}{result['mean_test_ppl']:<7.2f}{'':>9}{result['mean_test_bpb']:>11.3f}")
+    lines.append(f"{result['method']}, seed {result['seed']}: {result['rounds']} rounds in {result['seconds']:.0f} s; "
+                 f"users sent {result['bytes_up'] / 1e6:.1f} MB and received {result['bytes_down'] / 1e6:.1f} MB; "
+                 f"all files are in {path}")
+    if "privacy" in result:
+        lines.append(sentence(result["privacy"]))
+    return "\n".join(lines)
+
+
+def table_line(user: dict, routed: bool) -> str:
+    """A user's line of the table."""
+    experts = f"{user['generalists']}G {user['specialists']}S"
+    parameters = sum(user["parameters"].values())
+    perplexity = f"{user['test_ppl_start']:>10.1f} → {user['test_ppl']:<7.2f}"
+    share = "–"
+    if routed:
+        layers = user["generalist_share"]
+        share = f"{sum(layers) / len(layers):.0%}"
+    return (f"{user['name']:<14}{experts:>9}{parameters:>12,}{user['train_bytes'] / 1000:>10.0f}{perplexity}"
+            f"{user['trigram_ppl']:>9.2f}{user['test_bpb']:>11.3f}{share:>15}")
