@@ -10,9 +10,9 @@ import json
 import shlex
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
-from support.runs.command_line import parsed
 
 from federated import Message
+from support.runs.command_line import parsed
 from support.runs.settings import Settings
 
 

@@ -24,6 +24,7 @@ from bilevel import Batch, Level
 from model import GENERALIST, GPT, SPECIALIST, GPTConfig
 from support.errors import optional
 from support.runs.command_line import run_command
+from support.runs.start import check_device
 
 DEFAULT = GPTConfig(vocab_size=257)  # the model of train.py, whose batches have 8 windows
 MATRIX = 1024  # rows and columns of the multiplied matrices
@@ -172,10 +173,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("what", nargs="?", choices=("default", "smollm2"), default="default")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(arguments)
-    bench = bench_smollm2 if args.what == "smollm2" else bench_default
-    print(f"{args.device}, {torch.get_num_threads()} threads")
-    torch.manual_seed(0)
-    return run_command("lab.bench", lambda: bench(args.device), "nothing was written")
+
+    def work() -> None:
+        check_device(args.device)
+        print(f"{args.device}, {torch.get_num_threads()} threads")
+        torch.manual_seed(0)
+        bench = bench_smollm2 if args.what == "smollm2" else bench_default
+        bench(args.device)
+
+    return run_command("lab.bench", work, "nothing was written")
 
 
 if __name__ == "__main__":

@@ -1,140 +1,187 @@
-"""The experiments of docs/results.md, each one command; started again, it continues where it was stopped.
+"""The experiments of docs/results.md. Each is one command, and continues if it is started again.
 
     python -m lab.experiments languages [--seeds 3] [any flag of compare.py or train.py]
     python -m lab.experiments --help
 
-Rows are runs of train.py that share the flags of their base. Learning rates are chosen on validation text, with seed 0,
-from the same list for all methods, in one experiment of a base. The others take what was chosen; those on SmolLM2 take
-the paper's rate, since not all methods have been tried at others. The runs of docs/results.md are kept:
-`--out docs/runs/languages` takes those that are there, and adds what is missing.
+A row is a run of train.py; rows on the same base share its flags. In one experiment per base, each
+method chooses its learning rate on validation text, with seed 0, from the same list; the other
+experiments use these rates. (On SmolLM2 they use the paper's rate, because only some methods were
+tried at others.) The runs of docs/results.md are kept: `--out docs/runs/languages` uses them and
+adds what is missing.
 """
 
 import sys
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 from compare import Comparison, compare, split
 from methods import METHODS
 from support.errors import BadInput
 from support.runs.command_line import parsed, run_command
 
+Rows = dict[str, str]  # label -> flags of train.py
 
-class Base(NamedTuple):
-    """What runs on a base have in common."""
+
+@dataclass
+class Base:
+    """What all runs on one base have in common."""
 
     flags: str
-    rate: float  # that most methods chose
-    others: dict[str, float]  # what the others chose
+    rate: float  # of most methods
+    other_rates: dict[str, float] = field(default_factory=dict)  # of the others
 
-    def run(self, method: str, more: str = "") -> str:
+    def flags_of(self, method: str, more: str = "") -> str:
         """The flags of one run."""
-        return f"{self.flags} --method {method} --lr {self.others.get(method, self.rate)} {more}"
+        rate = self.other_rates.get(method, self.rate)
+        return f"{self.flags} --method {method} --lr {rate} {more}"
 
-    def runs(self, methods: tuple[str, ...], more: str = "") -> dict[str, str]:
+    def rows(self, methods: tuple[str, ...], more: str = "") -> Rows:
         """A row for each method."""
-        return {method: self.run(method, more) for method in methods}
+        return {method: self.flags_of(method, more) for method in methods}
 
 
-SMOLLM2 = Base("--init-from smollm2 --expert lora --rounds 20 --router-steps 10 --batch-size 1 --eval-every 10",
-               2e-3, {})
-BYTES = Base("--init-from out/base/base.pt --expert lora --rounds 20 --router-steps 10 --eval-every 10",
-             6e-3, dict.fromkeys(("fedavg", "comigs-2g", "hetlora", "flexlora", "ffa-lora"), 2e-2))
-SCRATCH = Base("--rounds 64 --router-lr 3e-3", 3e-3, {"comigs": 6e-3})
+SMOLLM2 = Base(
+    "--init-from smollm2 --expert lora --rounds 20 --router-steps 10 --batch-size 1 "
+    "--eval-every 10", rate=2e-3)
+BYTES = Base(
+    "--init-from out/base/base.pt --expert lora --rounds 20 --router-steps 10 --eval-every 10",
+    rate=6e-3,
+    other_rates={"fedavg": 2e-2, "comigs-2g": 2e-2, "hetlora": 2e-2, "flexlora": 2e-2,
+                 "ffa-lora": 2e-2})
+SCRATCH = Base("--rounds 64 --router-lr 3e-3", rate=3e-3, other_rates={"comigs": 6e-3})
 
-SIMPLEST = ("local", "fedavg", "comigs")
-PAPER = ("local", "fedavg", "pcl", "pfedmoe", "fdlora", "comigs", "comigs-2g", "comigs-2s", "comigs-uniform",
-         "comigs-leaky", "comigs-apart")
-TELLING = ("local", "fedavg", "pcl", "fdlora", "comigs", "comigs-uniform", "comigs-apart")
-ABLATIONS = ("local", "comigs", "comigs-uniform", "comigs-train", "comigs-joint", "pfedmoe", "comigs-leaky")
+BASICS = ("local", "fedavg", "comigs")
+PAPER = ("local", "fedavg", "pcl", "pfedmoe", "fdlora", "comigs", "comigs-2g", "comigs-2s",
+         "comigs-uniform", "comigs-leaky", "comigs-apart")
+MAIN = ("local", "fedavg", "pcl", "fdlora", "comigs", "comigs-uniform", "comigs-apart")
+ABLATIONS = ("local", "comigs", "comigs-uniform", "comigs-train", "comigs-joint", "pfedmoe",
+             "comigs-leaky")
+ALL = tuple(name for name in METHODS if name != "comigs-joint")  # which equals pfedmoe with k = E
+
+BOTH = "--experts-see both"  # all methods learn from the same amount of text
+SLOW = "--router-lr 2e-3"  # the experts' rate on SmolLM2, a third of it on the byte base
 
 
-BOTH = "--experts-see both"  # so that nobody has more text to learn from than another
-SLOW = "--router-lr 2e-3"  # of CoMiGS: on SmolLM2 the experts' rate, as in the authors' code; a third of it on bytes
-NAMES = {"": "", BOTH: " both", SLOW: " router 2e-3"}
-
-
-def paper(more: str) -> dict[str, str]:
+def paper(flags: str) -> Rows:
     """The paper's methods on SmolLM2."""
-    return {**SMOLLM2.runs(PAPER, more), f"comigs{NAMES[SLOW]}": SMOLLM2.run("comigs", f"{SLOW} {more}")}
-
-
-def overfitting(base: Base, text: str, kBs: tuple[int, ...], specialists: tuple[int, ...]) -> dict[str, str]:
-    """Text per user × number of specialists, with a quarter as much validation text; of `local`, as many experts."""
-    most, rows = max(specialists), {}
-    for method, S, more in [*(("comigs", S, "") for S in specialists), ("comigs", most, SLOW),
-                            *((method, most, "") for method in ("comigs-train", "fdlora", "local")),
-                            ("comigs", most, BOTH), ("local", most, BOTH)]:
-        for kB in kBs:
-            rows[f"{method} {kB} kB {S} S{NAMES[more]}"] = base.run(
-                method, f"--data {text} --train-kb {kB} --valid-kb {kB / 4} --specialists {S} --eval-every 5 {more}")
+    rows = SMOLLM2.rows(PAPER, flags)
+    rows["comigs router 2e-3"] = SMOLLM2.flags_of("comigs", f"{SLOW} {flags}")
     return rows
 
 
-def sizes(base: Base, text: str, kBs: tuple[int, ...], ranks: str) -> dict[str, str]:
-    """Devices with 1, 2, 4, 8 specialists, and rivals with one expert of as many parameters, of these ranks."""
-    flags = f"--data {text} --train-kb {','.join(map(str, kBs))} --valid-kb {','.join(str(kB / 4) for kB in kBs)}"
-    ours, theirs = f"{flags} --specialists 1,2,4,8", f"{flags} --specialists 0 --lora-rank {ranks}"
-    return {**base.runs(("comigs", "comigs-train", "comigs-apart", "fdlora", "local"), ours),
-            **base.runs(("hetlora", "flexlora"), theirs),
-            **{f"comigs{NAMES[more]}": base.run("comigs", f"{ours} {more}") for more in (SLOW, BOTH)},
-            f"flexlora{NAMES[BOTH]}": base.run("flexlora", f"{theirs} {BOTH}")}
+def overfitting(base: Base, text: str, train_kb: tuple[int, ...],
+                specialists: tuple[int, ...]) -> Rows:
+    """Text per user × number of specialists. Validation text is a quarter of the training text."""
+    most = max(specialists)
+    variants = [("comigs", S, "", "") for S in specialists]
+    variants.append(("comigs", most, SLOW, " router 2e-3"))
+    for method in ("comigs-train", "fdlora", "local"):
+        variants.append((method, most, "", ""))
+    for method in ("comigs", "local"):
+        variants.append((method, most, BOTH, " both"))
+    rows = {}
+    for method, S, more, suffix in variants:
+        for kb in train_kb:
+            flags = (f"--data {text} --train-kb {kb} --valid-kb {kb / 4} --specialists {S} "
+                     f"--eval-every 5 {more}")
+            rows[f"{method} {kb} kB {S} S{suffix}"] = base.flags_of(method, flags)
+    return rows
 
 
-MORE, LESS = (5, 10, 20, 40), (40, 20, 10, 5)  # kB of users with 1, 2, 4, 8 specialists
-# Per layer and unit of rank, a byte model's attention has 6 C parameters and an expert 10 C; SmolLM2's 2,688 and 6,336.
-BYTES_RANKS, SMOLLM2_RANKS = "13,18,28,48", "14,19,30,53"
+def sizes(base: Base, text: str, train_kb: tuple[int, ...], ranks: str) -> Rows:
+    """Users with 1, 2, 4 and 8 specialists; rivals with one expert of as many parameters."""
+    train = ",".join(str(kb) for kb in train_kb)
+    valid = ",".join(str(kb / 4) for kb in train_kb)
+    flags = f"--data {text} --train-kb {train} --valid-kb {valid}"
+    ours = f"{flags} --specialists 1,2,4,8"
+    theirs = f"{flags} --specialists 0 --lora-rank {ranks}"
+    rows = base.rows(("comigs", "comigs-train", "comigs-apart", "fdlora", "local"), ours)
+    rows |= base.rows(("hetlora", "flexlora"), theirs)
+    rows["comigs router 2e-3"] = base.flags_of("comigs", f"{ours} {SLOW}")
+    rows["comigs both"] = base.flags_of("comigs", f"{ours} {BOTH}")
+    rows["flexlora both"] = base.flags_of("flexlora", f"{theirs} {BOTH}")
+    return rows
 
-EXPERIMENTS = {  # name -> what it asks, and label -> flags of train.py
+
+MORE = (5, 10, 20, 40)  # kB of users with 1, 2, 4, 8 specialists
+LESS = (40, 20, 10, 5)
+# Per layer and unit of rank, a byte model's attention has 6 C parameters and an expert 10 C;
+# SmolLM2's have 2,688 and 6,336.
+BYTES_RANKS = "13,18,28,48"
+SMOLLM2_RANKS = "14,19,30,53"
+
+EXPERIMENTS = {  # name -> title and rows
     "languages": ("four languages, own text", paper("--data languages")),
-    "languages-both": ("as languages, but experts also learn from the validation text",
-                       SMOLLM2.runs(SIMPLEST, f"--data languages {BOTH}")),
-    "news": ("four topics of AG News, mixed target", paper("--data agnews --target mixed")),
+    "languages-both": (
+        "as languages, but experts also learn from the validation text",
+        SMOLLM2.rows(BASICS, f"--data languages {BOTH}")),
+    "news": (
+        "four topics of AG News, mixed target", paper("--data agnews.jsonl --target mixed")),
     "domains": ("four domains, own text", paper("--data builtin --train-kb 140")),
-    "text": ("overfitting: text per user and number of specialists",
-             overfitting(SMOLLM2, "languages", (10, 40), (1, 7))),
-    "more": ("devices of different size: more specialists where there is more text",
-             sizes(SMOLLM2, "languages", MORE, SMOLLM2_RANKS)),
-    "less": ("devices of different size: more specialists where there is less text",
-             sizes(SMOLLM2, "languages", LESS, SMOLLM2_RANKS)),
-    "A": ("dissimilar users, own text: all methods", BYTES.runs(
-        tuple(name for name in METHODS if name != "comigs-joint"))),  # which is pfedmoe's double here
-    "B": ("similar users, own text", BYTES.runs(TELLING, "--data builtin-python")),
-    "C": ("dissimilar users, mixed target", BYTES.runs((*TELLING, "comigs-leaky"), "--target mixed")),
-    "C-python": ("similar users, mixed target", BYTES.runs(TELLING, "--data builtin-python --target mixed")),
-    "C-news": ("AG News, mixed target", BYTES.runs(TELLING, "--data agnews --train-kb 40 --target mixed")),
-    "D": ("overfitting: text per user and number of specialists",
-          overfitting(BYTES, "builtin", (5, 20, 60), (0, 1, 7))),
-    "E-more": ("devices of different size: more specialists where there is more text",
-               sizes(BYTES, "builtin", MORE, BYTES_RANKS)),
-    "E-less": ("devices of different size: more specialists where there is less text",
-               sizes(BYTES, "builtin", LESS, BYTES_RANKS)),
-    "F": ("ablations, where a router has to choose: top-2 of four experts", BYTES.runs(ABLATIONS, "--specialists 3")),
-    "both": ("as A, but experts also learn from the validation text", BYTES.runs(SIMPLEST, BOTH)),
-    "both-mixed": ("as C, but experts also learn from the validation text",
-                   BYTES.runs(SIMPLEST, f"--target mixed {BOTH}")),
-    "scratch": ("as A, but from scratch", SCRATCH.runs((*SIMPLEST, "centralized"))),
+    "text": (
+        "overfitting: text per user and number of specialists",
+        overfitting(SMOLLM2, "languages", train_kb=(10, 40), specialists=(1, 7))),
+    "more": (
+        "devices of different size: more specialists where there is more text",
+        sizes(SMOLLM2, "languages", MORE, SMOLLM2_RANKS)),
+    "less": (
+        "devices of different size: more specialists where there is less text",
+        sizes(SMOLLM2, "languages", LESS, SMOLLM2_RANKS)),
+    "A": ("different users, own text: all methods", BYTES.rows(ALL)),
+    "B": ("similar users, own text", BYTES.rows(MAIN, "--data builtin-python")),
+    "C": (
+        "different users, mixed target",
+        BYTES.rows((*MAIN, "comigs-leaky"), "--target mixed")),
+    "C-python": (
+        "similar users, mixed target", BYTES.rows(MAIN, "--data builtin-python --target mixed")),
+    "C-news": (
+        "AG News, mixed target",
+        BYTES.rows(MAIN, "--data agnews.jsonl --train-kb 40 --target mixed")),
+    "D": (
+        "overfitting: text per user and number of specialists",
+        overfitting(BYTES, "builtin", train_kb=(5, 20, 60), specialists=(0, 1, 7))),
+    "E-more": (
+        "devices of different size: more specialists where there is more text",
+        sizes(BYTES, "builtin", MORE, BYTES_RANKS)),
+    "E-less": (
+        "devices of different size: more specialists where there is less text",
+        sizes(BYTES, "builtin", LESS, BYTES_RANKS)),
+    "F": (
+        "ablations with a router that selects: top-2 of four experts",
+        BYTES.rows(ABLATIONS, "--specialists 3")),
+    "both": (
+        "as A, but experts also learn from the validation text", BYTES.rows(BASICS, BOTH)),
+    "both-mixed": (
+        "as C, but experts also learn from the validation text",
+        BYTES.rows(BASICS, f"--target mixed {BOTH}")),
+    "scratch": ("as A, but from scratch", SCRATCH.rows((*BASICS, "centralized"))),
 }
-CHOOSING = {"languages": "1e-3,2e-3,4e-3", "A": "2e-3,6e-3,2e-2"}  # where a base's rates are chosen, and from which
+RATES = {"languages": "1e-3,2e-3,4e-3", "A": "2e-3,6e-3,2e-2"}  # where the rates are chosen
 
 
 def experiment(arguments: list[str]) -> None:
-    """Raises BadInput."""
-    name, *more = arguments or ["--help"]
-    if name in ("-h", "--help"):
-        print("\n".join([__doc__, *(f"{name:<16}{title}" for name, (title, _) in EXPERIMENTS.items())]))
+    """Run the experiment that the first argument names. Raises BadInput."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        for name, (title, _) in EXPERIMENTS.items():
+            print(f"{name:<16}{title}")
         return
+    name, *flags = arguments
     if name not in EXPERIMENTS:
-        raise BadInput(f"{name}: not an experiment; the first word is one of {', '.join(EXPERIMENTS)}")
-    title, flags = EXPERIMENTS[name]
-    tuning = ["--rates", CHOOSING[name]] if name in CHOOSING else []
-    comparison, rest = split(["--out", f"out/{name}", *tuning, *more], Comparison)
-    rows = {label: parsed([*own.split(), *rest]) for label, own in flags.items()}
+        raise BadInput(f"{name}: not an experiment; expected one of {', '.join(EXPERIMENTS)}")
+    title, rows = EXPERIMENTS[name]
+    defaults = ["--out", f"out/{name}"]
+    if name in RATES:
+        defaults += ["--rates", RATES[name]]
+    comparison, rest = split([*defaults, *flags], Comparison)
     print(title)
-    compare(rows, comparison)
+    compare({label: parsed([*row.split(), *rest]) for label, row in rows.items()}, comparison)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return run_command("lab.experiments", lambda: experiment(sys.argv[1:] if arguments is None else arguments),
-                     "the runs that ended are kept")
+    if arguments is None:
+        arguments = sys.argv[1:]
+    return run_command("lab.experiments", lambda: experiment(arguments),
+                       "the runs that ended are kept")
 
 
 if __name__ == "__main__":

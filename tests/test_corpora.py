@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.text.corpora import CORPORA, EVERYTHING, Document
 
 import data
 from conftest import words
 from support.errors import BadInput
 from support.runs.settings import Settings
 from support.text import corpora
-from support.text.corpora import CORPORA, EVERYTHING, Document
 
 CACHE = Path("out/cache")
 
