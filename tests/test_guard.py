@@ -94,7 +94,7 @@ def test_a_guard_continues_from_a_saved_state():
 
 
 def test_epsilon_is_the_published_one_and_falls_with_noise_rounds_and_participation():
-    """dp-accounting tests that noise of 4.530877117 sensitivities, two bounds each, is (1, 1e-6)-DP."""
+    """dp-accounting tests that 4.530877117 sensitivities, of two bounds, are (1, 1e-6)-private."""
     pytest.importorskip("dp_accounting", reason="dp-accounting isn't installed")
     assert epsilon(2 * 4.530877117, 1, 10, 10, 1e-6) == pytest.approx(1, abs=1e-5)
     most = epsilon(noise=4, rounds=10, users=100, selected=100, delta=1e-3)

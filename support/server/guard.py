@@ -41,7 +41,9 @@ def check_tensor(tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> str |
 
 def clip(upload: Message, held: Message, bound: float) -> Message:
     """θ^G + Δ_i · min(1, C / ‖Δ_i‖), for the update Δ_i = θ_i^G − θ^G and the bound C."""
-    squares = sum((tensor - held[name]).square().sum() for name, tensor in upload.items())
+    squares = 0
+    for name, tensor in upload.items():
+        squares = squares + (tensor - held[name]).square().sum()
     norm = (squares ** 0.5).item()
     factor = min(1.0, bound / max(norm, 1e-12))
     return {name: torch.lerp(held[name], tensor, factor) for name, tensor in upload.items()}
