@@ -40,11 +40,13 @@ def cosine(steps: int, warmup: int) -> Callable[[int], float]:
 
     It rises linearly for `warmup` steps, then falls along a cosine to a tenth at `steps`.
     """
+
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
         progress = min(1.0, (step - warmup) / max(1, steps - warmup))
         return 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
+
     return factor
 
 
@@ -60,15 +62,22 @@ class Level:
     memory: what a method remembers here between steps, by name; checkpoints save it.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], batches: Iterator[Batch], lr: float,
-                 weight_decay: float = 0.0, schedule: Callable[[int], float] = constant,
-                 hyper: dict[str, float] | None = None):
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        batches: Iterator[Batch],
+        lr: float,
+        weight_decay: float = 0.0,
+        schedule: Callable[[int], float] = constant,
+        hyper: dict[str, float] | None = None,
+    ):
         self.parameters = list(parameters.values())
         self.batches = batches
         self.hyper = hyper or {}
         self.memory = {}
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+            self.parameters, lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
+        )
         self.schedule = LambdaLR(self.optimizer, schedule)
 
     @property
@@ -97,8 +106,12 @@ class Level:
 
     def state(self) -> dict:
         """Everything that the next steps depend on, besides the parameters."""
-        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
-                "batches": self.batches.state(), "memory": self.memory}
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "batches": self.batches.state(),
+            "memory": self.memory,
+        }
 
     def load(self, state: dict) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
@@ -132,8 +145,9 @@ def alternate(model: GPT, lower: Level, upper: Level | None, rhythm: Rhythm) -> 
 
 
 @torch.no_grad()
-def evaluate(model: GPT, batches: Iterator[Batch],
-             fixed_gates: Tensor | None = None) -> tuple[float, Tensor]:
+def evaluate(
+    model: GPT, batches: Iterator[Batch], fixed_gates: Tensor | None = None
+) -> tuple[float, Tensor]:
     """Mean cross-entropy over all targets, in nats, and the mean gate of every expert, (L, E).
 
     fixed_gates (L, E): weights for every token, instead of the routers'.

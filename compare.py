@@ -33,12 +33,18 @@ class Comparison:
 
     seeds: int = setting(3, "number of seeds, counted from --seed", int, low=1)
     rates: tuple[float, ...] | None = setting(
-        None, "learning rates, of which each row uses the best on validation text with the first "
-              "seed", float, above=0, many=True)
+        None,
+        "learning rates, of which each row uses the best on validation text with the first seed",
+        float,
+        above=0,
+        many=True,
+    )
     out: str = setting("out/compare", "folder of the runs and of the tables")
     sweep: str | None = setting(
-        None, "a hyper-parameter and its values, as lambda=0.01,0.1; rows that have it choose "
-              "among them as among rates")
+        None,
+        "a hyper-parameter and its values, as lambda=0.01,0.1; rows that have it choose "
+        "among them as among rates",
+    )
     plot: bool = setting(False, "also draw table.png and table.svg (needs matplotlib)", bool)
     anew: bool = setting(False, "repeat runs that were made by other code", bool)
 
@@ -52,8 +58,11 @@ class OfMethods(Comparison):
     """Compare several methods; any flag of train.py is a flag of this, too. Raises BadInput."""
 
     methods: tuple[str, ...] = setting(
-        ("comigs", "local", "fedavg", "centralized"), "the rows of the table", many=True,
-        choices=METHODS)
+        ("comigs", "local", "fedavg", "centralized"),
+        "the rows of the table",
+        many=True,
+        choices=METHODS,
+    )
 
 
 def finish(settings: Settings, anew: bool, bar: tqdm) -> Path:
@@ -153,12 +162,16 @@ def check(rows: dict[str, Settings], comparison: Comparison) -> None:
         optional("matplotlib", "`plot`", "pip install matplotlib")
     chosen = comparison.rates or comparison.sweep
     if chosen and any(row.experts_see == "both" for row in rows.values()):
-        raise BadInput("`rates`, `sweep`: can't be chosen on validation text that trains the "
-                       "experts; leave `experts_see` out")
+        raise BadInput(
+            "`rates`, `sweep`: can't be chosen on validation text that trains the "
+            "experts; leave `experts_see` out"
+        )
     name = comparison.sweep_name
     if comparison.sweep and not any(name in row.hyper for row in rows.values()):
-        raise BadInput(f"`sweep` {comparison.sweep}: no row has such a hyper-parameter; there are "
-                       f"{all_hyper()}")
+        raise BadInput(
+            f"`sweep` {comparison.sweep}: no row has such a hyper-parameter; there are "
+            f"{all_hyper()}"
+        )
 
 
 def warn(folders: list[Path]) -> None:
@@ -166,11 +179,15 @@ def warn(folders: list[Path]) -> None:
     configs = [read_config(folder / "config.json") for folder in folders]
     others = runs_of_other_code(configs)
     if others:
-        print(f"{others} of these {len(configs)} runs were made by other code; --anew repeats them",
-              file=sys.stderr)
+        print(
+            f"{others} of these {len(configs)} runs were made by other code; --anew repeats them",
+            file=sys.stderr,
+        )
     if inputs_differ(configs):
-        print("some of these runs had other text, or another base, than the rest; use another "
-              "--out", file=sys.stderr)
+        print(
+            "some of these runs had other text, or another base, than the rest; use another --out",
+            file=sys.stderr,
+        )
 
 
 def compare(rows: dict[str, Settings], comparison: Comparison) -> None:

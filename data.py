@@ -66,8 +66,10 @@ def load_documents(config: DataConfig, tokenizer: tiktoken.Encoding) -> dict[str
             users = choose_users(config, tokenizer)
     except OSError as error:
         place = error.filename or config.data
-        raise BadInput(f"`data` {config.data}: {place}: {error.strerror or error}; check the file "
-                       "and its permissions") from None
+        raise BadInput(
+            f"`data` {config.data}: {place}: {error.strerror or error}; check the file "
+            "and its permissions"
+        ) from None
     if config.valid_kb:
         for (name, splits), kb in zip(users.items(), config.valid_kb, strict=True):
             splits[VALID] = shortened(name, splits[VALID], kb)
@@ -147,8 +149,11 @@ def choose_users(config: DataConfig, tokenizer: tiktoken.Encoding) -> dict[str, 
         seen.update(new)
     check_number(config, len(users), left_out)
     if len(found) - left_out > len(users):
-        print(f"{config.data} has text of {len(found) - left_out} users; the first {len(users)} by "
-              "name take part", file=sys.stderr)
+        print(
+            f"{config.data} has text of {len(found) - left_out} users; the first {len(users)} by "
+            "name take part",
+            file=sys.stderr,
+        )
     return users
 
 
@@ -214,16 +219,19 @@ def check_number(config: DataConfig, found: int, left_out: int) -> None:
         return
     others = f", and {left_out} with too little text" if left_out else ""
     remedy = f"pass `users` {found}, or add text" if found else "add text"
-    raise BadInput(f"`users` {config.users}: `data` {config.data} has text of {found}{others}; "
-                   f"{remedy}")
+    raise BadInput(
+        f"`users` {config.users}: `data` {config.data} has text of {found}{others}; {remedy}"
+    )
 
 
 def shortened(user: str, held_out: list[str], kb: float) -> list[str]:
     """The first `kb` of a user's validation text. Raises BadInput."""
     available = bytes_of(held_out)
     if available < 1000 * kb:
-        raise BadInput(f"`valid_kb` {kb:g}: user {user} has {available / 1000:g} kB held out; "
-                       "pass a smaller number")
+        raise BadInput(
+            f"`valid_kb` {kb:g}: user {user} has {available / 1000:g} kB held out; "
+            "pass a smaller number"
+        )
     return take(iter(held_out), round(1000 * kb))
 
 
@@ -240,6 +248,7 @@ def mix(users: list[Splits]) -> Splits:
 
 # --- tokens ----------------------------------------------------------------------------
 
+
 def tokenizer(name: str) -> tiktoken.Encoding:
     """A tokenizer, whose vocabulary includes END. Raises BadInput.
 
@@ -248,8 +257,9 @@ def tokenizer(name: str) -> tiktoken.Encoding:
     """
     if name == "bytes":
         ranks = {bytes([byte]): byte for byte in range(256)}
-        return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=ranks,
-                                 special_tokens={END: 256})
+        return tiktoken.Encoding(
+            name, pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={END: 256}
+        )
     if is_gguf(name):
         return load_tokenizer(name, "tokenizer")
     if name not in tiktoken.list_encoding_names():
@@ -291,16 +301,19 @@ def load(config: DataConfig, tokenizer: tiktoken.Encoding) -> list[Text]:
     return encode_users(config, load_documents(config, tokenizer), tokenizer)
 
 
-def encode_users(config: DataConfig, users: dict[str, Splits],
-                 tokenizer: tiktoken.Encoding) -> list[Text]:
+def encode_users(
+    config: DataConfig, users: dict[str, Splits], tokenizer: tiktoken.Encoding
+) -> list[Text]:
     """The text of each user, of whom these are the documents. Raises BadInput."""
     texts = []
     for (name, splits), size in zip(users.items(), config.train_bytes, strict=True):
         text = encode_user(name, splits, tokenizer)
         problem = shortage(text, size, config.block_size)
         if problem:
-            raise BadInput(f"`data` {config.data}: {problem}; add text, pass a smaller number or "
-                           "fewer `users`, or leave such users out with `short_users` leave-out")
+            raise BadInput(
+                f"`data` {config.data}: {problem}; add text, pass a smaller number or "
+                "fewer `users`, or leave such users out with `short_users` leave-out"
+            )
         texts.append(text)
     return texts
 
@@ -310,8 +323,14 @@ def encode_user(name: str, splits: Splits, tokenizer: tiktoken.Encoding) -> Text
     for split in SPLITS:
         encoded = [encode(document, tokenizer) for document in splits[split]]
         tokens[split] = np.concatenate(encoded) if encoded else np.empty(0, np.uint8)
-    return Text(name, tokens[TRAIN], tokens[VALID], tokens[TEST],
-                train_bytes=bytes_of(splits[TRAIN]), test_bytes=bytes_of(splits[TEST]))
+    return Text(
+        name,
+        tokens[TRAIN],
+        tokens[VALID],
+        tokens[TEST],
+        train_bytes=bytes_of(splits[TRAIN]),
+        test_bytes=bytes_of(splits[TEST]),
+    )
 
 
 def shortage(text: Text, train_bytes: int, block_size: int) -> str | None:
@@ -319,13 +338,17 @@ def shortage(text: Text, train_bytes: int, block_size: int) -> str | None:
     last target in each split. None if there is enough."""
     enough = train_bytes - 3  # a cut loses at most 3 bytes of a character
     if train_bytes < EVERYTHING and text.train_bytes < enough:
-        return (f"user {text.name} has {text.train_bytes / 1000:g} kB of training text, not "
-                f"`train_kb` {train_bytes / 1000:g}")
+        return (
+            f"user {text.name} has {text.train_bytes / 1000:g} kB of training text, not "
+            f"`train_kb` {train_bytes / 1000:g}"
+        )
     for split in SPLITS:
         n = len(getattr(text, split))
         if n <= block_size:
-            return (f"the {split} text of user {text.name} has {n} tokens, too few for "
-                    f"`block_size` {block_size}")
+            return (
+                f"the {split} text of user {text.name} has {n} tokens, too few for "
+                f"`block_size` {block_size}"
+            )
     return None
 
 
@@ -367,8 +390,14 @@ class RandomWindows:
     Each text has its generator, so its windows do not depend on the other texts.
     """
 
-    def __init__(self, texts: list[np.ndarray], generators: list[torch.Generator],
-                 batch_size: int, block_size: int, device: str = "cpu"):
+    def __init__(
+        self,
+        texts: list[np.ndarray],
+        generators: list[torch.Generator],
+        batch_size: int,
+        block_size: int,
+        device: str = "cpu",
+    ):
         self.texts = texts
         self.generators = generators
         self.batch_size = batch_size
@@ -397,8 +426,9 @@ class RandomWindows:
             generator.set_state(saved.cpu())
 
 
-def spread_windows(tokens: np.ndarray, n: int, block_size: int,
-                   device: str = "cpu") -> Iterator[Batch]:
+def spread_windows(
+    tokens: np.ndarray, n: int, block_size: int, device: str = "cpu"
+) -> Iterator[Batch]:
     """One batch of n windows, spread evenly over a text."""
     last = len(tokens) - block_size - 1
     starts = torch.linspace(0, last, n, dtype=torch.float64).long()
@@ -406,8 +436,9 @@ def spread_windows(tokens: np.ndarray, n: int, block_size: int,
     yield windows[:, :-1], windows[:, 1:]
 
 
-def ordered_windows(tokens: np.ndarray, block_size: int, device: str = "cpu",
-                    batch_size: int | None = None) -> Iterator[Batch]:
+def ordered_windows(
+    tokens: np.ndarray, block_size: int, device: str = "cpu", batch_size: int | None = None
+) -> Iterator[Batch]:
     """A whole text once, in order. Windows do not overlap, and the last one may be shorter.
 
     Every token but the first is a target exactly once. By default a batch has about 1024 tokens.
@@ -416,9 +447,9 @@ def ordered_windows(tokens: np.ndarray, block_size: int, device: str = "cpu",
     stream = torch.from_numpy(tokens.astype(np.int64)).to(device)
     full = (len(stream) - 1) // block_size * block_size  # targets in full windows
     inputs = stream[:full].view(-1, block_size)  # (windows, block_size)
-    targets = stream[1:full + 1].view(-1, block_size)
+    targets = stream[1 : full + 1].view(-1, block_size)
     for start in range(0, len(inputs), batch_size):
         batch = slice(start, start + batch_size)
         yield inputs[batch], targets[batch]
     if full < len(stream) - 1:
-        yield stream[None, full:-1], stream[None, full + 1:]
+        yield stream[None, full:-1], stream[None, full + 1 :]

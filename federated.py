@@ -31,8 +31,15 @@ class User:
 
     fixed_gates: Tensor | None = None  # (L, E), used instead of the router's; only rivals set them
 
-    def __init__(self, name: str, model: GPT, lower: Level, upper: Level | None,
-                 weight: float = 1.0, hyper: dict[str, float] | None = None):
+    def __init__(
+        self,
+        name: str,
+        model: GPT,
+        lower: Level,
+        upper: Level | None,
+        weight: float = 1.0,
+        hyper: dict[str, float] | None = None,
+    ):
         self.name = name
         self.model = model
         self.lower = lower
@@ -126,8 +133,9 @@ class Server:
         return average(messages, weights)
 
 
-def federated_round(server: Server, users: Iterable[User], rhythm: Rhythm,
-                    dropped: Collection[User] = ()) -> dict[User, float]:
+def federated_round(
+    server: Server, users: Iterable[User], rhythm: Rhythm, dropped: Collection[User] = ()
+) -> dict[User, float]:
     """One round with the selected users. Returns each user's mean training loss, in nats.
 
     dropped: those of the users who disappear before they upload.

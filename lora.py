@@ -97,8 +97,9 @@ class LoRAExperts(nn.Module):
         low = 0  # Σ s·A'_e (gate_e·h_e), at the ranks of expert e
         for gate, mask in zip(gates.unbind(1), masks.unbind(1), strict=True):  # k times
             # The backward pass computes h again, which saves memory.
-            h = checkpoint(self.gated_hidden, gate, mask, inputs,
-                           use_reentrant=False, preserve_rng_state=False)
+            h = checkpoint(
+                self.gated_hidden, gate, mask, inputs, use_reentrant=False, preserve_rng_state=False
+            )
             hidden = hidden + h  # (N, n_hidden)
             low = low + mask * F.linear(h, A)  # (N, E·r)
         if down_proj.bias is None:
@@ -108,8 +109,9 @@ class LoRAExperts(nn.Module):
             y = torch.addmm(bias, hidden, down_proj.weight.t())
         return torch.addmm(y, low, B.t())
 
-    def gated_hidden(self, gate: Tensor, mask: Tensor,
-                     inputs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    def gated_hidden(
+        self, gate: Tensor, mask: Tensor, inputs: list[tuple[Tensor, Tensor, Tensor]]
+    ) -> Tensor:
         """gate_e·h_e, for one expert e of each token: (N, n_hidden)."""
         projected = [torch.addmm(Ux, mask * Ax, B) for Ux, Ax, B in inputs]
         return gate[:, None] * self.block.activation(*projected)

@@ -69,52 +69,89 @@ JOINT = {ROUTER: SPECIALIST}  # the router is trained with the experts, on train
 METHODS = {
     "comigs": Method(
         "generalists are averaged, specialists and routers stay, "
-        "routers learn from validation text", routed=True),
-
+        "routers learn from validation text",
+        routed=True,
+    ),
     # Ablations
     "comigs-2g": Method("CoMiGS with generalists only", SHARED, routed=True),
     "comigs-2s": Method(
-        "CoMiGS with specialists only: nothing is sent", OWN, routed=True, sizes="ranks"),
+        "CoMiGS with specialists only: nothing is sent", OWN, routed=True, sizes="ranks"
+    ),
     "comigs-uniform": Method("CoMiGS without routers: all experts have the same weight"),
     "comigs-train": Method(
-        "CoMiGS with routers that learn from training text", routed=True, router_text="train"),
+        "CoMiGS with routers that learn from training text", routed=True, router_text="train"
+    ),
     "comigs-joint": Method(
-        "CoMiGS in one level: routers learn with the experts, from training text", JOINT,
-        routed=True),
+        "CoMiGS in one level: routers learn with the experts, from training text",
+        JOINT,
+        routed=True,
+    ),
     "comigs-leaky": Method(
-        "CoMiGS with the gradient leak of its authors' code", routed=True,
-        level=LeakyLevel, router_level=LeakyLevel),
+        "CoMiGS with the gradient leak of its authors' code",
+        routed=True,
+        level=LeakyLevel,
+        router_level=LeakyLevel,
+    ),
     "comigs-apart": Method(
         "beyond the paper: each kind of expert learns alone, as in fdlora, and a router mixes them",
-        routed=True, needs="both", level=SeparateLevel),
-
+        routed=True,
+        needs="both",
+        level=SeparateLevel,
+    ),
     # Baselines
     "local": Method("every user trains the same parameters alone", OWN, sizes="ranks"),
     "fedavg": Method("everything is averaged, each expert over the users who have it", SHARED),
     "centralized": Method(
         "one model, the largest user's, learns from all users' text, a batch of each in every step",
-        OWN, pooled=True, sizes="ranks"),
-
+        OWN,
+        pooled=True,
+        sizes="ranks",
+    ),
     # Rivals
     "pcl": Method(
-        "all users' models are mixed by their perplexity on the user's validation text", SHARED,
-        sizes="nothing", clippable=False, user=PCLUser, server=PCLServer),
+        "all users' models are mixed by their perplexity on the user's validation text",
+        SHARED,
+        sizes="nothing",
+        clippable=False,
+        user=PCLUser,
+        server=PCLServer,
+    ),
     "pfedmoe": Method(
-        "as comigs-joint, with a load-balancing loss", JOINT, routed=True, level=BalancedLevel,
-        hyper={"balance": 0.01}),
+        "as comigs-joint, with a load-balancing loss",
+        JOINT,
+        routed=True,
+        level=BalancedLevel,
+        hyper={"balance": 0.01},
+    ),
     "hetlora": Method(
-        "zero-padded averaging by the norm of BA, ranks prune themselves", SHARED,
-        needs="lora", sizes="ranks", clippable=False,
-        level=HetLoRALevel, user=HetLoRAUser, server=HetLoRAServer,
-        hyper={"lambda": 0.01, "gamma": 0.99}),  # as in the code of CoMiGS's authors
+        "zero-padded averaging by the norm of BA, ranks prune themselves",
+        SHARED,
+        needs="lora",
+        sizes="ranks",
+        clippable=False,
+        level=HetLoRALevel,
+        user=HetLoRAUser,
+        server=HetLoRAServer,
+        hyper={"lambda": 0.01, "gamma": 0.99},
+    ),  # as in the code of CoMiGS's authors
     "flexlora": Method(
-        "products BA are averaged, and cut to each rank by SVD", SHARED,
-        needs="lora", sizes="ranks", clippable=False, server=FlexLoRAServer),
+        "products BA are averaged, and cut to each rank by SVD",
+        SHARED,
+        needs="lora",
+        sizes="ranks",
+        clippable=False,
+        server=FlexLoRAServer,
+    ),
     "ffa-lora": Method(
-        "A stays at its random start, B is averaged", SHARED | {"lora_A": BACKBONE}, needs="lora"),
+        "A stays at its random start, B is averaged", SHARED | {"lora_A": BACKBONE}, needs="lora"
+    ),
     "fedsa-lora": Method(
-        "A is averaged, B stays", {"lora_A": GENERALIST, "lora_B": SPECIALIST}, needs="lora"),
+        "A is averaged, B stays", {"lora_A": GENERALIST, "lora_B": SPECIALIST}, needs="lora"
+    ),
     "fdlora": Method(
-        "a global and a personal adapter, fused by a search on validation text", needs="both",
-        level=SeparateLevel, user=FDLoRAUser),
+        "a global and a personal adapter, fused by a search on validation text",
+        needs="both",
+        level=SeparateLevel,
+        user=FDLoRAUser,
+    ),
 }

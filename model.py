@@ -338,8 +338,13 @@ class Block(nn.Module):
         self.moe_norm = norm(config)
         self.moe = MoE(config)
 
-    def forward(self, x: Tensor, rope: Tensor | None = None, fixed_gates: Tensor | None = None,
-                kv_cache=None) -> tuple[Tensor, Routing]:
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        fixed_gates: Tensor | None = None,
+        kv_cache=None,
+    ) -> tuple[Tensor, Routing]:
         x = x + self.attention(self.attention_norm(x), rope, kv_cache)
         y, routing = self.moe(self.moe_norm(x), fixed_gates)
         return x + y, routing
@@ -358,8 +363,12 @@ class GPT(nn.Module):
         hold it once; trained parameters are copies.
     """
 
-    def __init__(self, config: GPTConfig, generator: torch.Generator | None = None,
-                 pretrained: dict[str, Tensor] | None = None):
+    def __init__(
+        self,
+        config: GPTConfig,
+        generator: torch.Generator | None = None,
+        pretrained: dict[str, Tensor] | None = None,
+    ):
         super().__init__()
         self.config = config
         with torch.device("meta"):  # shapes only; `initialize` brings the numbers
@@ -375,14 +384,16 @@ class GPT(nn.Module):
         self.initialize(generator, pretrained or {})
 
     @classmethod
-    def from_pretrained(cls, name_or_file: str | Path, generator: torch.Generator | None = None,
-                        **overrides) -> "GPT":
+    def from_pretrained(
+        cls, name_or_file: str | Path, generator: torch.Generator | None = None, **overrides
+    ) -> "GPT":
         """A model that starts as smollm2, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a file.
 
         overrides: fields of GPTConfig, such as expert="lora". The first logits are the base's.
         Raises ValueError, one line.
         """
         from support.pretrained.base import load
+
         start = load(name_or_file, **overrides)
         return cls(GPTConfig(**start.config | overrides), generator, start.tensors)
 
@@ -417,8 +428,9 @@ class GPT(nn.Module):
             parameter.requires_grad_(not frozen)
         self.load_state_dict(values, assign=True)
 
-    def initial_value(self, name: str, shape: torch.Size,
-                      generator: torch.Generator | None) -> Tensor:
+    def initial_value(
+        self, name: str, shape: torch.Size, generator: torch.Generator | None
+    ) -> Tensor:
         """GPT-2's: weights N(0, 0.02²), biases 0, norms 1. LoRA's: A uniform in ±1/√n_in, B 0."""
         if len(shape) == 1:
             return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
@@ -454,8 +466,9 @@ class GPT(nn.Module):
 
     # --- from tokens to logits and loss ---
 
-    def trunk(self, idx: Tensor, fixed_gates: Tensor | None = None,
-              kv_cache=None) -> tuple[Tensor, list[Routing]]:
+    def trunk(
+        self, idx: Tensor, fixed_gates: Tensor | None = None, kv_cache=None
+    ) -> tuple[Tensor, list[Routing]]:
         """Everything below the head: (B, T) -> hidden states (B, T, C) and each layer's routing.
 
         fixed_gates (L, E): weights for every token, instead of the routers'.
@@ -497,8 +510,9 @@ class GPT(nn.Module):
             return kernels.linear_cross_entropy(hidden, self.head_weight, targets)
         return F.cross_entropy(at_least_float32(self.logits(hidden)), targets)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None,
-                fixed_gates: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, fixed_gates: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
         hidden, _ = self.trunk(idx, fixed_gates)
         if targets is None:
             return self.logits(hidden), None

@@ -61,8 +61,10 @@ def gates_by_kind(config: GPTConfig, generalist_weight: float) -> Tensor:
     generalist_weight: the sum of the generalists' gates; the specialists' sum to the rest of 1.
     """
     roles = config.expert_roles
-    weight = {GENERALIST: generalist_weight / roles.count(GENERALIST),
-              SPECIALIST: (1 - generalist_weight) / roles.count(SPECIALIST)}
+    weight = {
+        GENERALIST: generalist_weight / roles.count(GENERALIST),
+        SPECIALIST: (1 - generalist_weight) / roles.count(SPECIALIST),
+    }
     layer = [weight[role] for role in roles]
     return torch.tensor([layer] * config.n_layer)
 
@@ -156,7 +158,7 @@ def fit(matrix: Tensor, shape: tuple[int, int]) -> Tensor:
 def hetlora_average(messages: list[Message], weights: list[float]) -> Message:
     """HetLoRA's sparsity-weighted average (Cho et al. 2024, section 3), for each adapter by itself:
 
-        Ā = Σ_i p_i pad(A_i),    B̄ = Σ_i p_i pad(B_i),    p_i = w_i ‖B_i A_i‖ / Σ_j w_j ‖B_j A_j‖
+    Ā = Σ_i p_i pad(A_i),    B̄ = Σ_i p_i pad(B_i),    p_i = w_i ‖B_i A_i‖ / Σ_j w_j ‖B_j A_j‖
     """
     means = {}
     for adapter in dict.fromkeys(name for message in messages for name in adapters_in(message)):
@@ -190,7 +192,7 @@ class HetLoRAServer(Server):
             rows = max(held.shape[0], mean.shape[0])
             columns = max(held.shape[1], mean.shape[1])
             merged[name] = fit(held, (rows, columns)).clone()
-            merged[name][:mean.shape[0], :mean.shape[1]] = mean
+            merged[name][: mean.shape[0], : mean.shape[1]] = mean
         return merged
 
     def broadcast(self, shapes: dict[str, torch.Size]) -> Message:

@@ -40,10 +40,12 @@ class Sampling:
     run: str = setting("out", "folder of the run")
     user: str | None = setting(None, "the user whose model writes, or all (default: the first)")
     prompt: str | None = setting(
-        None, "how the text begins (default: as a document does)", empty=True)
+        None, "how the text begins (default: as a document does)", empty=True
+    )
     tokens: int = setting(300, "tokens to generate", int, low=1)
     temperature: float = setting(
-        0.8, "0 picks the likeliest token, 1 samples from the model's probabilities", float, low=0)
+        0.8, "0 picks the likeliest token, 1 samples from the model's probabilities", float, low=0
+    )
     top_k: int = setting(40, "sample from this many of the likeliest tokens", int, low=1)
     seed: int = setting(0, "the seed of the sampling", int, low=0, high=2**63)
     html: str | None = setting(None, "write the report to this file instead of printing text")
@@ -66,8 +68,9 @@ class OpenedRun:
         """Each user's text, by name. Raises BadInput if it has changed since the run."""
         texts = data.load(self.settings.data_config, self.tokenizer)
         if describe_texts(texts) != read_config(self.folder / "config.json")["texts"]:
-            raise BadInput(f"`run` {self.folder}: the text of {self.settings.data} has changed; "
-                           "restore it")
+            raise BadInput(
+                f"`run` {self.folder}: the text of {self.settings.data} has changed; restore it"
+            )
         return {text.name: text for text in texts}
 
     @property
@@ -100,8 +103,10 @@ def open_run(folder: str | Path) -> OpenedRun:
     dtype = state["users"][0]["config"]["dtype"]  # as it was on the machine of the run
     base = starting_point(replace(settings, dtype=dtype))
     if base.sha256 != state["base"]["sha256"]:
-        raise BadInput(f"`run` {folder}: {base.name} is no longer the file that the run started "
-                       "from; restore it")
+        raise BadInput(
+            f"`run` {folder}: {base.name} is no longer the file that the run started "
+            "from; restore it"
+        )
     users = {}
     for saved in state["users"]:
         model = GPT(GPTConfig(**saved["config"]), torch.Generator(), base.tensors)
@@ -122,9 +127,15 @@ def generated(user: TrainedUser, sampling: Sampling, tokenizer: tiktoken.Encodin
     prompt = sampling.prompt or ""
     tokens = [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]
     new_tokens = stream(
-        user.model, torch.tensor([tokens]), sampling.tokens, temperature=sampling.temperature,
-        top_k=min(sampling.top_k, tokenizer.n_vocab), vocabulary=tokenizer.n_vocab,
-        generator=torch.Generator().manual_seed(sampling.seed), fixed_gates=user.fixed_gates)
+        user.model,
+        torch.tensor([tokens]),
+        sampling.tokens,
+        temperature=sampling.temperature,
+        top_k=min(sampling.top_k, tokenizer.n_vocab),
+        vocabulary=tokenizer.n_vocab,
+        generator=torch.Generator().manual_seed(sampling.seed),
+        fixed_gates=user.fixed_gates,
+    )
     yield prompt
     yield from page.decode((token.item() for token in new_tokens), tokenizer, end="\n\n")
 

@@ -47,14 +47,24 @@ from support.server.guard import Guard
 JUDGING_WINDOWS = 8  # windows of validation text on which a JudgingUser compares models
 
 
-# --- build: from settings to a server and users ----------------------------------------------------------------------
+# --- build: from settings to a server and users ---
 
-def build_model(settings: Settings, base: Base, specialists: int, lora_rank: int, owner: str) -> GPT:
-    """The model of one owner. Weights that the base doesn't have are drawn with the owner's name as seed."""
+
+def build_model(
+    settings: Settings, base: Base, specialists: int, lora_rank: int, owner: str
+) -> GPT:
+    """The model of one owner, whose name seeds the weights that the base doesn't have."""
     method = METHODS[settings.method]
     config = GPTConfig(
-        **base.config, generalists=settings.generalists, specialists=specialists, top_k=settings.top_k,
-        expert=settings.expert, lora_rank=lora_rank, routed=method.routed, roles=method.roles)
+        **base.config,
+        generalists=settings.generalists,
+        specialists=specialists,
+        top_k=settings.top_k,
+        expert=settings.expert,
+        lora_rank=lora_rank,
+        routed=method.routed,
+        roles=method.roles,
+    )
     generator = data.seeded(settings.seed, owner, "weights")
     model = GPT(config, generator, base.tensors).to(settings.device)
     if settings.compile:
@@ -67,11 +77,15 @@ def build_largest(settings: Settings, base: Base, owner: str) -> GPT:
     return build_model(settings, base, max(settings.specialists), max(settings.lora_rank), owner)
 
 
-def build_batches(settings: Settings, texts: list[Text], splits: tuple[str, ...], purpose: str) -> data.RandomWindows:
+def build_batches(
+    settings: Settings, texts: list[Text], splits: tuple[str, ...], purpose: str
+) -> data.RandomWindows:
     """Random windows of some splits of each text."""
     tokens = [data.joined(text, splits) for text in texts]
     generators = [data.seeded(settings.seed, text.name, purpose) for text in texts]
-    return data.RandomWindows(tokens, generators, settings.batch_size, settings.block_size, settings.device)
+    return data.RandomWindows(
+        tokens, generators, settings.batch_size, settings.block_size, settings.device
+    )
 
 
 def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> User:
@@ -84,7 +98,9 @@ def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> 
     splits = ("train", "valid") if settings.experts_see == "both" else ("train",)
     batches = build_batches(settings, texts, splits, "train")
     experts = model.having(GENERALIST, SPECIALIST)
-    lower = method.level(experts, batches, settings.lr, settings.weight_decay, schedule, settings.hyper)
+    lower = method.level(
+        experts, batches, settings.lr, settings.weight_decay, schedule, settings.hyper
+    )
 
     upper = None
     router = model.having(ROUTER)
@@ -95,15 +111,23 @@ def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> 
     weight = sum(len(text.train) for text in texts) if settings.average == "tokens" else 1
     user = method.user(name, model, lower, upper, weight, settings.hyper)
     if isinstance(user, JudgingUser):
+
         def validation_windows() -> Iterator[Batch]:
-            return data.spread_windows(texts[0].valid, JUDGING_WINDOWS, settings.block_size, settings.device)
+            return data.spread_windows(
+                texts[0].valid, JUDGING_WINDOWS, settings.block_size, settings.device
+            )
+
         user.validation_windows = validation_windows
     return user
 
 
-def build_own_user(settings: Settings, base: Base, server_model: GPT, text: Text, number: int) -> User:
-    """User `number`, with a model of its size. It shares the frozen backbone of the server's model."""
-    model = build_model(settings, base, settings.specialists[number], settings.lora_rank[number], text.name)
+def build_own_user(
+    settings: Settings, base: Base, server_model: GPT, text: Text, number: int
+) -> User:
+    """User `number`, with a model of its size on the frozen backbone of the server's model."""
+    model = build_model(
+        settings, base, settings.specialists[number], settings.lora_rank[number], text.name
+    )
     server_backbone = server_model.having(BACKBONE)
     backbone = {name: server_backbone[name] for name in model.having(BACKBONE)}
     model.load_state_dict(backbone, strict=False, assign=True)
@@ -111,10 +135,12 @@ def build_own_user(settings: Settings, base: Base, server_model: GPT, text: Text
 
 
 def build_server(settings: Settings, model: GPT) -> Guard:
-    """The method's server, behind a guard that refuses broken uploads, clips updates and adds noise."""
+    """The method's server, behind a guard that checks uploads, clips them and adds noise."""
     kind = METHODS[settings.method].server if processes.count() == 1 else processes.SummingServer
     server = kind(model.having(GENERALIST), settings.hyper)
-    return Guard(server, settings.clip_update, settings.dp_noise, data.seeded(settings.seed, "noise"))
+    return Guard(
+        server, settings.clip_update, settings.dp_noise, data.seeded(settings.seed, "noise")
+    )
 
 
 def build(settings: Settings, base: Base, texts: list[Text]) -> tuple[Guard, list[User]]:
@@ -131,11 +157,15 @@ def build(settings: Settings, base: Base, texts: list[Text]) -> tuple[Guard, lis
 
 
 def rhythm_of(settings: Settings) -> Rhythm:
-    return Rhythm(local_steps=settings.local_steps, router_every=settings.router_every,
-                  router_steps=settings.router_steps)
+    return Rhythm(
+        local_steps=settings.local_steps,
+        router_every=settings.router_every,
+        router_steps=settings.router_steps,
+    )
 
 
-# --- client sampling -------------------------------------------------------------------------------------------------
+# --- client sampling ---
+
 
 def number_of_clients(settings: Settings) -> int:
     return 1 if METHODS[settings.method].pooled else settings.users
@@ -146,19 +176,23 @@ def selected_per_round(settings: Settings) -> int:
 
 
 def sample_clients(settings: Settings, number: int) -> tuple[list[int], list[int]]:
-    """The users that are selected in round `number`, and those of them that disappear before they upload."""
+    """The users selected in round `number`, and those of them that disappear before they upload."""
     generator = data.seeded(settings.seed, "called", number)
     order = torch.randperm(number_of_clients(settings), generator=generator).tolist()
-    selected = sorted(order[:selected_per_round(settings)])
+    selected = sorted(order[: selected_per_round(settings)])
     draws = torch.rand(len(order), generator=generator).tolist()
     dropped = [i for i in selected if draws[i] < settings.drop_rate]
     return selected, dropped
 
 
-# --- the run ---------------------------------------------------------------------------------------------------------
+# --- the run ---
+
 
 class Run:
-    """A server, its users and a folder, at the start of a run or where its checkpoint left it. Raises BadInput."""
+    """A server, its users and a folder, at the start of a run or at its checkpoint.
+
+    Raises BadInput.
+    """
 
     def __init__(self, settings: Settings):
         self.start_time = time.perf_counter()
@@ -196,7 +230,8 @@ class Run:
             selected = processes.select(self.users, selected)
             dropped = processes.select(self.users, dropped)
             refused_before = len(self.server.refused)
-            losses = federated_round(self.server, self.with_progress(selected, number, bar), rhythm, dropped)
+            users = self.with_progress(selected, number, bar)
+            losses = federated_round(self.server, users, rhythm, dropped)
             for user, loss in losses.items():
                 check_loss(settings, user, loss)
             for line in refused_uploads(number, self.server.refused[refused_before:]):
@@ -221,14 +256,17 @@ class Run:
     def evaluate_untrained(self, bar: tqdm) -> None:
         bar.set_description("evaluating the untrained models")
         self.broadcast(counted=False)
-        self.initial_losses = [initial_test_loss(self.settings, user, text) for user, text in self.readers]
+        self.initial_losses = []
+        for user, text in self.readers:
+            self.initial_losses.append(initial_test_loss(self.settings, user, text))
         self.log(number=0, losses={})
         self.save(number=0)
 
     def with_progress(self, users: list[User], number: int, bar: tqdm) -> Iterator[User]:
-        """The users of a round, one after the other, while the bar advances by `settings.users` in all."""
+        """The users of a round, one by one. In all, the bar advances by `settings.users`."""
         for user in users:
-            bar.set_description(f"{self.settings.method}, round {number}/{self.settings.rounds}, {user.name}")
+            progress = f"round {number}/{self.settings.rounds}"
+            bar.set_description(f"{self.settings.method}, {progress}, {user.name}")
             yield user
             bar.update()
         bar.update(self.settings.users - len(users))
@@ -236,8 +274,8 @@ class Run:
     def broadcast(self, counted: bool) -> None:
         """Set all users' generalists to the server's, to evaluate them.
 
-        counted: whether this is a message, as it is after the last round. In between, the simulation
-        also evaluates users who don't take part in the next round.
+        counted: whether this is a message, as it is after the last round. In between, the
+        simulation also evaluates users who don't take part in the next round.
         """
         for user in self.users:
             message = self.server.broadcast(user.shared)
@@ -256,15 +294,17 @@ class Run:
 
     def save(self, number: int) -> None:
         """Write the checkpoint after round `number`."""
-        self.folder.save({
-            "settings": plain(self.settings),
-            "base": describe_base(self.base),
-            "round": number,
-            "seconds": time.perf_counter() - self.start_time,
-            "initial_losses": self.initial_losses,
-            "server": self.server.state(),
-            "users": [user_state(user) for user in self.users],
-        })
+        self.folder.save(
+            {
+                "settings": plain(self.settings),
+                "base": describe_base(self.base),
+                "round": number,
+                "seconds": time.perf_counter() - self.start_time,
+                "initial_losses": self.initial_losses,
+                "server": self.server.state(),
+                "users": [user_state(user) for user in self.users],
+            }
+        )
 
     def restore(self, state: dict | None) -> None:
         """Continue from a checkpoint, if there is one."""
@@ -287,8 +327,12 @@ class Run:
         counts = processes.gather([counters(user) for user in self.users])
         refused = processes.total(len(self.server.refused))
         guarantee = privacy.guarantee(
-            settings.dp_noise, number_of_clients(settings), selected_per_round(settings),
-            settings.rounds, complete=refused == 0 and settings.drop_rate == 0)
+            settings.dp_noise,
+            number_of_clients(settings),
+            selected_per_round(settings),
+            settings.rounds,
+            complete=refused == 0 and settings.drop_rate == 0,
+        )
         seconds = time.perf_counter() - self.start_time
         return result_of(settings, rows, counts, refused, seconds, guarantee)
 
@@ -296,10 +340,13 @@ class Run:
         """Write page.html: curves, and the experts that each token of a text is given to."""
         users = [TrainedUser(user.name, user.model, user.fixed_gates) for user, _ in self.readers]
         path = self.folder.path
-        page.of_run(path, path / "page.html", self.settings.title, self.texts, users, self.base.encoding)
+        page.of_run(
+            path, path / "page.html", self.settings.title, self.texts, users, self.base.encoding
+        )
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+# --- the command ---
+
 
 def train(settings: Settings) -> None:
     """Play a run and print its table. Raises BadInput."""
@@ -307,8 +354,10 @@ def train(settings: Settings) -> None:
     run = Run(settings)
     path = run.folder.path
     total = settings.rounds * settings.users
-    with (tqdm(total=total, unit="user", dynamic_ncols=True, disable=not processes.is_first()) as bar,
-          stop_after_round(path) as should_stop):
+    with (
+        tqdm(total=total, unit="user", dynamic_ncols=True, disable=not processes.is_first()) as bar,
+        stop_after_round(path) as should_stop,
+    ):
         result = run.play(bar, should_stop)
     if not processes.is_first():
         return
@@ -321,7 +370,10 @@ def train(settings: Settings) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return run_command("train.py", lambda: train(settings_of(arguments)), "all checkpoints are kept; use --resume")
+    def work() -> None:
+        train(settings_of(arguments))
+
+    return run_command("train.py", work, "the checkpoint is kept; use --resume")
 
 
 if __name__ == "__main__":

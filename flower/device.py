@@ -54,7 +54,7 @@ def read_text(settings: Settings, names: list[str], user: str, path: str, tokeni
     """The text on this device. Raises Refusal if it isn't the user's, and BadInput."""
     if user not in names:
         raise Refusal(f"user {user}: not in this run; it has {', '.join(names)}")
-    text, = data.load(config_of_text(settings, names.index(user), path), tokenizer)
+    (text,) = data.load(config_of_text(settings, names.index(user), path), tokenizer)
     if text.name != user:
         raise Refusal(f"user {user}: the text on this device is another user's")
     return text
@@ -116,8 +116,12 @@ class Device:
         The report repeats all earlier lines of metrics, so that none is lost with a reply.
         """
         report = {"weight": self.user.weight, "lines": list(state["report"]["lines"])}
-        new = {"round": number, "train_loss": None, "initial_loss": state["initial_loss"],
-               "report": report}
+        new = {
+            "round": number,
+            "train_loss": None,
+            "initial_loss": state["initial_loss"],
+            "report": report,
+        }
         earlier_loss = None  # None if the user wasn't selected in the previous round
         if state["round"] == number - 1:
             earlier_loss = state["train_loss"]

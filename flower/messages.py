@@ -28,8 +28,12 @@ def users_of(context: Context) -> list[str]:
 
 def pack_message(generalists: Message, run: str, number: int) -> RecordDict:
     """The content of a message to a device for round `number`."""
-    return RecordDict({"generalists": ArrayRecord(generalists),
-                       "round": ConfigRecord({"run": run, "number": number})})
+    return RecordDict(
+        {
+            "generalists": ArrayRecord(generalists),
+            "round": ConfigRecord({"run": run, "number": number}),
+        }
+    )
 
 
 def unpack_message(content: RecordDict) -> tuple[Message, str, int]:
@@ -40,8 +44,12 @@ def unpack_message(content: RecordDict) -> tuple[Message, str, int]:
 
 def pack_reply(generalists: Message, report: dict) -> RecordDict:
     """The content of a device's reply."""
-    return RecordDict({"generalists": ArrayRecord(generalists),
-                       "report": ConfigRecord({"json": json.dumps(report)})})
+    return RecordDict(
+        {
+            "generalists": ArrayRecord(generalists),
+            "report": ConfigRecord({"json": json.dumps(report)}),
+        }
+    )
 
 
 def unpack_reply(content: RecordDict) -> tuple[Message, dict]:

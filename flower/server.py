@@ -1,6 +1,6 @@
 """The server of a run over Flower. It averages as train.py does and has its own checkpoint.
 
-    flwr run flower NAME --stream --run-config 'flags="--rounds 20" users="de,fr" out="out/server"'
+flwr run flower NAME --stream --run-config 'flags="--rounds 20" users="de,fr" out="out/server"'
 """
 
 import math
@@ -46,8 +46,12 @@ def check(settings: Settings, names: list[str]) -> None:
     """Raise BadInput for what only train.py can do."""
     method = METHODS[settings.method]
     if len(names) != settings.users or len(set(names)) < len(names):
-        refuse("users", settings.users, f"the run config names {', '.join(names)}",
-               "name each user once")
+        refuse(
+            "users",
+            settings.users,
+            f"the run config names {', '.join(names)}",
+            "name each user once",
+        )
     if method.pooled:
         refuse("method", settings.method, "needs all users' text in one place", "use train.py")
     if not method.clippable:
@@ -55,11 +59,16 @@ def check(settings: Settings, names: list[str]) -> None:
     if settings.target == "mixed":
         refuse("target", "mixed", "a device has its own text only", "use train.py")
     if settings.drop_rate:
-        refuse("drop_rate", settings.drop_rate, "real devices disappear by themselves",
-               "leave it out")
+        refuse(
+            "drop_rate", settings.drop_rate, "real devices disappear by themselves", "leave it out"
+        )
     if selected_per_round(settings) == 1 < settings.users:
-        refuse("participation", settings.participation,
-               "selects a single user, whose update would be public", "use a larger one")
+        refuse(
+            "participation",
+            settings.participation,
+            "selects a single user, whose update would be public",
+            "use a larger one",
+        )
     if settings.device != "cpu":
         refuse("device", settings.device, "would be the same on all devices", "leave it out")
 
@@ -84,8 +93,13 @@ class ServerRun:
         send(run_id, number, {user: message})
     """
 
-    def __init__(self, settings: Settings, names: list[str], out: Path,
-                 send: Callable[[str, int, dict[str, Message]], Replies]):
+    def __init__(
+        self,
+        settings: Settings,
+        names: list[str],
+        out: Path,
+        send: Callable[[str, int, dict[str, Message]], Replies],
+    ):
         check(settings, names)
         self.start_time = time.perf_counter()
         self.settings = settings
@@ -168,8 +182,9 @@ class ServerRun:
         replies = self.train(self.settings.rounds + 1, self.names)
         missing = [name for name in self.names if name not in replies]
         if len(missing) == len(self.names):
-            raise BadInput("no device replied to the evaluation; start this run again when devices "
-                           "are there")
+            raise BadInput(
+                "no device replied to the evaluation; start this run again when devices are there"
+            )
         if missing:
             print(f"the result is without {', '.join(missing)}: no reply", flush=True)
         reports = [replies[name][1] for name in self.names if name in replies]

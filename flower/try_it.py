@@ -37,14 +37,19 @@ QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHO
 def write_texts(settings: Settings, folder: Path) -> list[str]:
     """Write each user's text to folder/NAME/text.jsonl. Returns the names. Raises BadInput."""
     from flower.server import check  # needs Flower
+
     tokenizer = starting_point(settings).encoding
     users = data.load_documents(settings.data_config, tokenizer)
     data.encode_users(settings.data_config, users, tokenizer)  # refuses text that is too short
     check(settings, list(users))
     for name in users:
         if not re.fullmatch(r"\w[\w.-]*", name):
-            refuse("data", settings.data, f"user {name} can't have that name here",
-                   "use letters and digits")
+            refuse(
+                "data",
+                settings.data,
+                f"user {name} can't have that name here",
+                "use letters and digits",
+            )
     for name, documents in users.items():
         entries = []
         for split in data.SPLITS:
@@ -91,8 +96,13 @@ class Processes:
         environment["PYTHONPATH"] = str(HERE.parent)
         environment["FLWR_HOME"] = str(self.out / name / "home")
         output = open(self.out / f"{name}.log", "w") if log else None  # noqa: SIM115, the process holds it
-        process = subprocess.Popen([program, *arguments], stdout=output, stderr=output,
-                                   env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            [program, *arguments],
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
+        )
         self.started.append(process)
         return process
 
@@ -132,7 +142,9 @@ def start_superlink(processes: Processes, keys: Path, port: int) -> None:
     superlink = processes.start(
         f"flower-superlink --host 127.0.0.1 --port {port} --ssl-ca-certfile {keys}/ca.crt "
         f"--ssl-certfile {keys}/server.pem --ssl-keyfile {keys}/server.key --enable-supernode-auth "
-        "--disable-runtime-dependency-installation", "superlink")
+        "--disable-runtime-dependency-installation",
+        "superlink",
+    )
     wait_for_port(port, superlink)
 
 
@@ -141,14 +153,19 @@ def start_supernode(processes: Processes, keys: Path, superlink: str, port: int,
     command = f"flwr supernode register {keys}/{name}.pub here --name {name}"
     registration = processes.start(command, "run")
     if registration.wait() != 0:
-        refuse("out", str(processes.out), f"the key of {name} couldn't be registered",
-               "see run.log there")
+        refuse(
+            "out",
+            str(processes.out),
+            f"the key of {name} couldn't be registered",
+            "see run.log there",
+        )
     home = processes.out / "devices" / name
     config = f'user="{name}" text="{home / "text.jsonl"}" state="{home / "states"}"'
     processes.start(
         f"flower-supernode --superlink {superlink} --root-certificates {keys}/ca.crt --port {port} "
         f"--auth-supernode-private-key {keys}/{name} --node-config {shlex.quote(config)}",
-        f"devices/{name}")
+        f"devices/{name}",
+    )
 
 
 def try_it(settings: Settings) -> None:
@@ -158,8 +175,15 @@ def try_it(settings: Settings) -> None:
         refuse("out", str(out), "isn't empty", "use another folder")
     names = write_texts(settings, out / "devices")
     # The nodes have their text already, cut as these settings say.
-    remaining = replace(settings, data="builtin", user_field=None, text_field=None, train_kb=None,
-                        valid_kb=None, out=None)
+    remaining = replace(
+        settings,
+        data="builtin",
+        user_field=None,
+        text_field=None,
+        train_kb=None,
+        valid_kb=None,
+        out=None,
+    )
     flags = shlex.join(as_arguments(remaining))
     config = f'flags={json.dumps(flags)} users="{",".join(names)}" out="{out / "server"}"'
 
@@ -167,9 +191,11 @@ def try_it(settings: Settings) -> None:
     make_keys(keys, names)
     port, *node_ports = free_ports(1 + len(names))
     superlink = f"127.0.0.1:{port}"
-    write_text(out / "run" / "home" / "config.toml",
-               f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "{superlink}"\n'
-               f'root-certificates = "{keys / "ca.crt"}"\n')
+    write_text(
+        out / "run" / "home" / "config.toml",
+        f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "{superlink}"\n'
+        f'root-certificates = "{keys / "ca.crt"}"\n',
+    )
     with background_processes(out) as processes:
         start_superlink(processes, keys, port)
         for name, node_port in zip(names, node_ports, strict=True):

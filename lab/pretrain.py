@@ -40,8 +40,9 @@ def pretrain(settings: Pretraining) -> None:
     """Train, write base.pt and print how good it is. Raises BadInput."""
     path = Path(settings.out, "base.pt")
     if path.exists() and not settings.overwrite:
-        raise BadInput(f"`out` {settings.out}: holds a base; pass another folder, or `overwrite` "
-                       "to replace it")
+        raise BadInput(
+            f"`out` {settings.out}: holds a base; pass another folder, or `overwrite` to replace it"
+        )
     check_device(settings.device)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,14 +64,21 @@ def pretrain(settings: Pretraining) -> None:
     write(path, lambda file: torch.save(content, file))
     bits = loss / math.log(2)
     trigram_bits = trigram_loss(text.train, text.test, config.vocab_size) / math.log(2)
-    print(f"{path}: {bits:.3f} bits per byte of held-out text; "
-          f"a trigram model needs {trigram_bits:.3f}")
+    print(
+        f"{path}: {bits:.3f} bits per byte of held-out text; "
+        f"a trigram model needs {trigram_bits:.3f}"
+    )
 
 
 def train(model: GPT, text: data.Text, settings: Pretraining) -> None:
     """Take all steps on random windows of the training text, with a cosine learning rate."""
-    windows = data.RandomWindows([text.train], [data.seeded(settings.seed, "base", "train")],
-                                 settings.batch_size, settings.block_size, settings.device)
+    windows = data.RandomWindows(
+        [text.train],
+        [data.seeded(settings.seed, "base", "train")],
+        settings.batch_size,
+        settings.block_size,
+        settings.device,
+    )
     warmup = min(settings.warmup, settings.steps // 5)
     schedule = cosine(settings.steps, warmup)
     level = Level(model.having(GENERALIST), windows, settings.lr, settings.weight_decay, schedule)
@@ -83,6 +91,7 @@ def train(model: GPT, text: data.Text, settings: Pretraining) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
+
     def work() -> None:
         pretrain(parsed(arguments, Pretraining))
 

@@ -25,9 +25,7 @@ from support.runs.flags import check_values, setting
 
 FUNCTION_WORDS = {  # user -> class -> words
     "de": {
-        "articles": (
-            "der die das den dem des ein eine einen einem einer eines"
-        ),
+        "articles": ("der die das den dem des ein eine einen einem einer eines"),
         "pronouns": (
             "ich du er es wir ihr sie mich dich sich uns euch ihn ihm ihnen mir dir man dies "
             "diese dieser dieses diesen diesem ihre ihren ihrem ihrer ihres sein seine seinen "
@@ -44,9 +42,7 @@ FUNCTION_WORDS = {  # user -> class -> words
         ),
     },
     "fr": {
-        "articles": (
-            "le la les l un une des du au aux"
-        ),
+        "articles": ("le la les l un une des du au aux"),
         "pronouns": (
             "je j tu il elle on nous vous ils elles me m te t se s lui leur leurs y ce c cela "
             "ceci ça cet cette ces qui dont où votre vos notre nos son sa ses celui celle ceux "
@@ -62,8 +58,14 @@ FUNCTION_WORDS = {  # user -> class -> words
     },
 }
 SPANS = re.compile(r"(?P<word>[^\W\d_]+)|(?P<digits>\d+)|(?P<punctuation>[^\w\s]+|_+)")
-CLASSES = (*FUNCTION_WORDS["de"], "other words", "digits", "punctuation", "beginnings",
-           "continuations")
+CLASSES = (
+    *FUNCTION_WORDS["de"],
+    "other words",
+    "digits",
+    "punctuation",
+    "beginnings",
+    "continuations",
+)
 Shares = dict[str, tuple[int, np.ndarray]]  # class -> number of tokens, and share by layer (L,)
 
 

@@ -13,7 +13,10 @@ except ImportError:  # Windows has no such locks
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Write a file: `save` writes it under a temporary name, and then it is renamed. Makes its folder if necessary."""
+    """Write a file: `save` writes it under a temporary name, and then it is renamed.
+
+    Makes the folder if necessary.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,11 +1,11 @@
 """Text from a model, token by token, with a cache of keys and values.
 
-    import torch, data
-    from model import GPT
-    from support.sampling import generate
-    tokenizer = data.tokenizer("smollm2")
-    prompt = torch.tensor([tokenizer.encode("The sea is")])
-    print(tokenizer.decode(generate(GPT.from_pretrained("smollm2"), prompt, 20)[0].tolist()))
+import torch, data
+from model import GPT
+from support.sampling import generate
+tokenizer = data.tokenizer("smollm2")
+prompt = torch.tensor([tokenizer.encode("The sea is")])
+print(tokenizer.decode(generate(GPT.from_pretrained("smollm2"), prompt, 20)[0].tolist()))
 """
 
 from collections.abc import Iterator
@@ -52,9 +52,17 @@ def generate(model: GPT, idx: Tensor, n: int, **options) -> Tensor:
 
 
 @torch.no_grad()
-def stream(model: GPT, idx: Tensor, n: int, temperature: float = 1.0, top_k: int | None = None,
-           generator: torch.Generator | None = None, cache: bool = True,
-           vocabulary: int | None = None, fixed_gates: Tensor | None = None) -> Iterator[Tensor]:
+def stream(
+    model: GPT,
+    idx: Tensor,
+    n: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+    cache: bool = True,
+    vocabulary: int | None = None,
+    fixed_gates: Tensor | None = None,
+) -> Iterator[Tensor]:
     """Sample n tokens that follow idx (B, T), and yield each, (B, 1).
 
     temperature: 0 picks the likeliest token. top_k: sample from this many of the likeliest tokens.
@@ -81,8 +89,9 @@ def stream(model: GPT, idx: Tensor, n: int, temperature: float = 1.0, top_k: int
         yield unread
 
 
-def sample(logits: Tensor, temperature: float, top_k: int | None,
-           generator: torch.Generator | None) -> Tensor:
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
+) -> Tensor:
     """One token for each row of logits: (B, V) -> (B, 1)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)

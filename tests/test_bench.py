@@ -38,7 +38,10 @@ def test_the_default_bench_prints_its_lines(monkeypatch, capsys):
     assert bench.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines[1:]] == [
-        "matmul rate, GFLOP/s", "step, ms", "step, share of the matmul rate"]
+        "matmul rate, GFLOP/s",
+        "step, ms",
+        "step, share of the matmul rate",
+    ]
 
 
 def test_the_smollm2_bench_prints_rates_and_ratios(monkeypatch, capsys):

@@ -88,7 +88,7 @@ def test_alternation_equals_a_naive_one():
         if step in (2, 5):  # the third and the sixth
             for _ in range(2):
                 naive_step(router, router_optimizer, next(valid))
-    means = [sum(losses[i:i + 2]) / 2 for i in (0, 2, 4)]
+    means = [sum(losses[i : i + 2]) / 2 for i in (0, 2, 4)]
     rhythm = Rhythm(local_steps=2, router_every=3, router_steps=2)
     assert play(user, rounds=3, rhythm=rhythm) == pytest.approx(means, abs=1e-12)
     for ours, oracle in zip(user.model.parameters(), naive.parameters(), strict=True):

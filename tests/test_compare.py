@@ -115,7 +115,8 @@ def test_if_all_rates_diverge_the_command_is_refused(compared):
 
 
 def test_a_run_that_diverges_is_reported_and_the_others_make_the_table(
-        compared, monkeypatch, capsys):
+    compared, monkeypatch, capsys
+):
     play = train.Run.play
 
     def diverging(run, bar):
@@ -137,12 +138,29 @@ def fake_run(folder: Path, seed: int, *perplexities: float) -> Path:
     users = []
     for i, perplexity in enumerate(perplexities):
         parameters = {"backbone": 1000, "generalist": 10 * (i + 1), "specialist": 5, "router": 1}
-        users.append({"name": f"u{i}", "test_ppl": perplexity, "test_ppl_start": 9.0,
-                      "trigram_ppl": 8.0, "parameters": parameters})
+        users.append(
+            {
+                "name": f"u{i}",
+                "test_ppl": perplexity,
+                "test_ppl_start": 9.0,
+                "trigram_ppl": 8.0,
+                "parameters": parameters,
+            }
+        )
     mean = sum(perplexities) / len(perplexities)
-    (folder / "result.json").write_text(json.dumps({
-        "users": users, "mean_test_ppl": mean, "bytes_up": 400, "bytes_down": 800, "rounds": 10,
-        "seconds": 3.0, "seed": seed}))
+    (folder / "result.json").write_text(
+        json.dumps(
+            {
+                "users": users,
+                "mean_test_ppl": mean,
+                "bytes_up": 400,
+                "bytes_down": 800,
+                "rounds": 10,
+                "seconds": 3.0,
+                "seed": seed,
+            }
+        )
+    )
     lines = []
     for number, loss in ((0, 3.0), (0, 5.0), (10, 1.0), (10, 2.0)):
         lines.append(json.dumps({"round": number, "valid_loss": loss}))
@@ -165,8 +183,16 @@ def test_a_row_worked_by_hand(tmp_path):
     assert row.bytes_down == 40
     assert row.valid_loss_by_round == {0: 4.0, 10: 1.5}
     assert cells_of("ours", row)[:9] == [
-        "ours", "0.2", "3.00 ± 1.41", "7.00 ± 1.41", "5.00 ± 1.41", "7.00 ± 1.41", "25%", "21",
-        "15"]
+        "ours",
+        "0.2",
+        "3.00 ± 1.41",
+        "7.00 ± 1.41",
+        "5.00 ± 1.41",
+        "7.00 ± 1.41",
+        "25%",
+        "21",
+        "15",
+    ]
     assert summarize(ours, {"0.2": 6.0}, []).hurt is None
     assert [cells[0] for cells in table({"ours": row})] == ["", "ours", "no training", "trigram"]
     assert curves({"ours": row})[1] == ["ours", "4.000", "1.500"]
@@ -183,10 +209,25 @@ def test_a_plot_is_a_picture(compared):
     assert Path("out/table.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("wrong", [
-    "--methods comigs,,local", "--seeds 0", "--rates 1e-3,x", "--nonsense 1", "--resume",
-    "--rounds 0", "--method a", "--method=fedavg", "--rates 1e-3 --experts-see both", "--plot",
-    "--sweep mu=1", "--sweep mu", "--sweep mu=1,", "--set mu=nan"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--methods comigs,,local",
+        "--seeds 0",
+        "--rates 1e-3,x",
+        "--nonsense 1",
+        "--resume",
+        "--rounds 0",
+        "--method a",
+        "--method=fedavg",
+        "--rates 1e-3 --experts-see both",
+        "--plot",
+        "--sweep mu=1",
+        "--sweep mu",
+        "--sweep mu=1,",
+        "--set mu=nan",
+    ],
+)
 def test_bad_input_is_one_line_before_anything_is_run(wrong, compared, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     line = refusal(capsys, wrong, compared)
@@ -195,8 +236,20 @@ def test_bad_input_is_one_line_before_anything_is_run(wrong, compared, monkeypat
     assert not Path("out").exists()
 
 
-COMMON = ("rounds", "local_steps", "batch_size", "block_size", "users", "router_every",
-          "router_steps", "target", "data", "init_from", "warmup", "weight_decay")
+COMMON = (
+    "rounds",
+    "local_steps",
+    "batch_size",
+    "block_size",
+    "users",
+    "router_every",
+    "router_steps",
+    "target",
+    "data",
+    "init_from",
+    "warmup",
+    "weight_decay",
+)
 
 
 def base_of(init_from: str) -> experiments.Base:
@@ -232,8 +285,10 @@ def test_devices_of_different_size_have_as_many_parameters_in_all_rows(name):
 
 def test_an_experiment_is_one_command(corpus, monkeypatch, capsys):
     base = experiments.Base(SHORT, 6e-3)
-    rows = {"comigs": base.flags_of("comigs"),
-            "local 2 S": base.flags_of("local", "--specialists 2")}
+    rows = {
+        "comigs": base.flags_of("comigs"),
+        "local 2 S": base.flags_of("local", "--specialists 2"),
+    }
     monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", ("a title", rows))
     assert experiments.main("tiny --out tiny --seeds 1".split()) == 0
     assert json.loads(Path("tiny/table.json").read_text()).keys() == rows.keys()

@@ -21,9 +21,13 @@ from support.text.trigram import ngrams, trigram_loss
 
 BYTES = data.tokenizer("bytes")
 BYTE_RANKS = {bytes([byte]): byte for byte in range(256)}
-DASH_RANKS = {b"-" * 2 ** n: 255 + n for n in range(1, 8)}
-DASHES = tiktoken.Encoding("dashes", pat_str=r"-+|[^-]", mergeable_ranks=BYTE_RANKS | DASH_RANKS,
-                           special_tokens={data.END: 70_000})
+DASH_RANKS = {b"-" * 2**n: 255 + n for n in range(1, 8)}
+DASHES = tiktoken.Encoding(
+    "dashes",
+    pat_str=r"-+|[^-]",
+    mergeable_ranks=BYTE_RANKS | DASH_RANKS,
+    special_tokens={data.END: 70_000},
+)
 MANY = [words(n, 500) for n in range(40)]
 FOUR = [("anna", words(100, 9000)), ("bert", words(101, 6000))]  # running text
 FOUR += [(name, f"{name} {words(n, 500)}") for n in range(12) for name in ("cleo", "dora")]
@@ -35,7 +39,9 @@ def table(rows: list[tuple[str, str]]) -> str:
     return "t.jsonl"
 
 
-def load(source: str, users: int = 4, tokenizer: tiktoken.Encoding = BYTES, **config) -> list[data.Text]:
+def load(
+    source: str, users: int = 4, tokenizer: tiktoken.Encoding = BYTES, **config
+) -> list[data.Text]:
     return data.load(DataConfig(source, users, **{"block_size": 16} | config), tokenizer)
 
 
@@ -72,20 +78,27 @@ def test_a_documents_split_is_decided_by_its_digest_and_not_by_its_place():
 
     for documents in (MANY, MANY[::-1]):
         splits = data.split_documents(documents, EVERYTHING)
-        in_order = [text for split in (TEST, VALID, TRAIN) for text in sorted(splits[split], key=key)]
+        in_order = [
+            text for split in (TEST, VALID, TRAIN) for text in sorted(splits[split], key=key)
+        ]
         assert in_order == sorted(MANY, key=key)
 
 
-@pytest.mark.parametrize("documents", [
-    [words(0, 6000)],  # one text
-    [words(0, 3000), words(1, 3000), words(2, 3000)],  # a few
-    [words(n, 300) for n in range(10)] + [words(99, 30_000)],  # one outweighs the others
-    [words(n, 32_000) for n in range(12)],  # long ones
-])
+@pytest.mark.parametrize(
+    "documents",
+    [
+        [words(0, 6000)],  # one text
+        [words(0, 3000), words(1, 3000), words(2, 3000)],  # a few
+        [words(n, 300) for n in range(10)] + [words(99, 30_000)],  # one outweighs the others
+        [words(n, 32_000) for n in range(12)],  # long ones
+    ],
+)
 def test_running_text_is_cut_into_three_parts(documents, monkeypatch):
     monkeypatch.setattr(data, "DOCUMENT", 31_000)
     splits = data.split_documents(documents, EVERYTHING)
-    assert "".join(text for split in (TEST, VALID, TRAIN) for text in splits[split]) == "".join(documents)
+    assert "".join(text for split in (TEST, VALID, TRAIN) for text in splits[split]) == "".join(
+        documents
+    )
     for split, most in HELD_OUT.items():
         assert bytes_of(splits[split]) == min(most, bytes_of(documents) // 10)
 
@@ -114,7 +127,7 @@ def test_valid_kb_uses_the_beginning_of_the_validation_text():
     full = load(table(FOUR))
     sizes = (0.1, 0.2, 0.1, 0.1)
     for text, whole, kb in zip(load(table(FOUR), valid_kb=sizes), full, sizes, strict=True):
-        assert plain(text.valid) == plain(whole.valid)[:round(1000 * kb)]
+        assert plain(text.valid) == plain(whole.valid)[: round(1000 * kb)]
         assert np.array_equal(text.test, whole.test)
         assert np.array_equal(text.train, whole.train)
     mixed = load(table(FOUR), valid_kb=(0.1,) * 4, target="mixed")[0].valid
@@ -125,8 +138,12 @@ def test_splits_that_the_source_decides_stay_and_training_text_is_cut():
     for split in SPLITS:
         Path("t/a").mkdir(parents=True, exist_ok=True)
         Path(f"t/a/{split}.txt").write_text(f"{split} text")
-    text, = load("t", 1, train_kb=(0.005,), block_size=4)
-    assert [plain(getattr(text, split)) for split in SPLITS] == [b"train", b"valid text", b"test text"]
+    (text,) = load("t", 1, train_kb=(0.005,), block_size=4)
+    assert [plain(getattr(text, split)) for split in SPLITS] == [
+        b"train",
+        b"valid text",
+        b"test text",
+    ]
     assert plain(load("t", 1, block_size=4)[0].train) == b"train text"
 
 
@@ -153,19 +170,31 @@ def test_copies_count_once_for_the_first_user_by_name_and_blank_documents_for_no
 
 
 def test_users_with_too_little_text_are_refused_or_left_out(capsys):
-    source = table([(name, words(n, 100 if name == "b" else 5000)) for n, name in enumerate("abcd")])
-    with pytest.raises(BadInput, match="valid text of user b has 10 tokens.*`block_size` 16;.*`short_users` leave"):
+    source = table(
+        [(name, words(n, 100 if name == "b" else 5000)) for n, name in enumerate("abcd")]
+    )
+    with pytest.raises(
+        BadInput, match="valid text of user b has 10 tokens.*`block_size` 16;.*`short_users` leave"
+    ):
         load(source, 3)
     left = load(source, 3, short_users="leave-out", train_kb=(1, 2, 3))
-    assert [(text.name, text.train_bytes) for text in left] == [("a", 1000), ("c", 2000), ("d", 3000)]
+    assert [(text.name, text.train_bytes) for text in left] == [
+        ("a", 1000),
+        ("c", 2000),
+        ("d", 3000),
+    ]
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "t.jsonl has text of 4 users; the first 3 by name take part"
     assert lines[1].startswith("left out: user b has 0.0")
     with pytest.raises(BadInput, match="`users` 4: .* has text of 3, and 1 with too little text;"):
         load(source, 4, short_users="leave-out")
-    with pytest.raises(BadInput, match="user cpp has [0-9.]* kB of training text, not `train_kb` 90000; add"):
+    with pytest.raises(
+        BadInput, match="user cpp has [0-9.]* kB of training text, not `train_kb` 90000; add"
+    ):
         load("builtin", 1, train_kb=(90_000,))
-    with pytest.raises(BadInput, match="`valid_kb` 5: user a has 0.49[0-9]* kB held out; pass a smaller"):
+    with pytest.raises(
+        BadInput, match="`valid_kb` 5: user a has 0.49[0-9]* kB held out; pass a smaller"
+    ):
         load(source, 1, valid_kb=(5,))
 
 
@@ -201,7 +230,9 @@ def test_a_mixed_target_of_too_many_users_is_one_line():
 def test_builtin_splits_and_users_share_no_document_and_have_their_sizes(name):
     users = data.builtin(name, [5000] * 8)
     assert list(users)[4:] == [f"{domain}-2" for domain in BUILTIN[name]]
-    whole = [document for splits in users.values() for split in SPLITS for document in splits[split][:-1]]
+    whole = [
+        document for splits in users.values() for split in SPLITS for document in splits[split][:-1]
+    ]
     assert max(Counter(whole).values()) == 1  # the last document of a split is cut
     for splits in users.values():
         sizes = {split: bytes_of(splits[split]) for split in SPLITS}
@@ -237,8 +268,13 @@ def test_each_document_begins_with_an_end_and_bytes_are_counted_without():
         found = {}
         for split in SPLITS:
             found[split] = BYTES.decode(getattr(text, split).tolist()).split(data.END)[1:]
-        assert sorted(all_of(found)) == sorted(document for user, document in FOUR if user == text.name)
-        assert (text.train_bytes, text.test_bytes) == (bytes_of(found[TRAIN]), bytes_of(found[TEST]))
+        assert sorted(all_of(found)) == sorted(
+            document for user, document in FOUR if user == text.name
+        )
+        assert (text.train_bytes, text.test_bytes) == (
+            bytes_of(found[TRAIN]),
+            bytes_of(found[TEST]),
+        )
 
 
 def test_tokens_above_65535_are_kept():
@@ -285,7 +321,7 @@ def test_a_users_batches_do_not_depend_on_other_users():
 
 
 def test_spread_windows_are_spread_from_one_end_to_the_other():
-    (inputs, targets), = data.spread_windows(np.arange(100), 4, 8)
+    ((inputs, targets),) = data.spread_windows(np.arange(100), 4, 8)
     assert inputs[:, 0].tolist() == [0, 30, 60, 91]
     assert targets[:, -1].tolist() == [8, 38, 68, 99]
 

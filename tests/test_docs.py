@@ -62,17 +62,21 @@ def statements(code: str) -> str:
 
 def test_the_readme_quotes_the_round_and_the_tour_quotes_the_mixture():
     block = r"```python\ndef federated_round.*?:\n(.*?)```"
-    quoted, = re.findall(block, PAGES["README.md"], re.DOTALL)
+    (quoted,) = re.findall(block, PAGES["README.md"], re.DOTALL)
     assert statements(quoted) in statements(inspect.getsource(federated.federated_round))
-    quoted, = re.findall(r"```python\n(.*?)```", PAGES["tour.md"], re.DOTALL)
+    (quoted,) = re.findall(r"```python\n(.*?)```", PAGES["tour.md"], re.DOTALL)
     assert statements(quoted) in statements(inspect.getsource(model.MLPExperts.forward))
 
 
 @pytest.mark.parametrize(("program", "rest"), commands())
 def test_a_command_in_the_documents_parses(program, rest, own_methods):
     arguments = [word for word in shlex.split(rest, comments=True) if word != "--help"]
-    kinds = {"train.py": Settings, "sample.py": Sampling, "-m lab.pretrain": pretrain.Pretraining,
-             "-m lab.words": words.Words}
+    kinds = {
+        "train.py": Settings,
+        "sample.py": Sampling,
+        "-m lab.pretrain": pretrain.Pretraining,
+        "-m lab.words": words.Words,
+    }
     if program in kinds:
         assert parsed(arguments, kinds[program])
     elif program == "compare.py":
@@ -114,7 +118,7 @@ def test_links_lead_to_files_and_headings(page):
 
 
 def test_the_guides_lines_print_how_good_each_model_is_on_each_text(corpus, capsys):
-    block, = (block for block in BLOCKS if "open_run" in block)
+    (block,) = (block for block in BLOCKS if "open_run" in block)
     assert train.main([*TINY, "--data", "text", "--out", "out/NAME"]) == 0
     capsys.readouterr()
     exec(block, {})
@@ -156,7 +160,8 @@ def test_the_guides_server_takes_the_median_also_of_clipped_updates(own_methods,
 
 
 def test_the_guides_fedprox_without_its_penalty_is_comigs_and_validation_text_chooses_the_weight(
-        own_methods, corpus):
+    own_methods, corpus
+):
     flags = [*TINY, *"--data text --specialists 1 --lr 1e-2 --local-steps 5".split()]
     comparison = compare.Comparison(1, sweep="mu=0,10", out="out")
     rows = {name: parsed([*flags, "--method", name]) for name in ("comigs", "fedprox")}

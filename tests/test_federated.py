@@ -84,8 +84,7 @@ def test_a_round_worked_by_hand():
     assert server.generalists[GENERALIST].item() == pytest.approx(1.05, abs=1e-6)
 
 
-@pytest.mark.parametrize("config", [
-    {}, {"roles": {SPECIALIST: GENERALIST}}, {"expert": "lora"}])
+@pytest.mark.parametrize("config", [{}, {"roles": {SPECIALIST: GENERALIST}}, {"expert": "lora"}])
 def test_only_generalists_cross_and_their_bytes_are_counted(config):
     """Between users of different sizes and a guarded server. `play` checks every message."""
     server, users = federation(**config)

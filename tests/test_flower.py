@@ -26,8 +26,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from flower import device, server, try_it
 
 ROOT = Path(__file__).parent.parent
-FLAGS = ("--specialists 1,2,4 --rounds 4 --average tokens --participation 0.7 --eval-every 2 "
-         "--lr 1e-2")
+FLAGS = (
+    "--specialists 1,2,4 --rounds 4 --average tokens --participation 0.7 --eval-every 2 --lr 1e-2"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,7 @@ def assert_same_as_train(devices: LocalDevices) -> None:
     saved = torch.load(devices.out / "server" / "server.pt", weights_only=True)
     assert same(saved["server"], checkpoint["server"])
     for user in checkpoint["users"]:
-        path, = (devices.out / user["name"] / "states").iterdir()
+        (path,) = (devices.out / user["name"] / "states").iterdir()
         assert same(torch.load(path, weights_only=True)["user"], user)
 
 
@@ -97,8 +98,11 @@ class LocalGrid:
         self.waiting = {}  # id of a message -> its reply
         for node, name in enumerate((*NAMES, NAMES[-1])):
             home = devices.out / name
-            node_config = {"user": name, "text": str(home / "text.jsonl"),
-                           "state": str(home / "states")}
+            node_config = {
+                "user": name,
+                "text": str(home / "text.jsonl"),
+                "state": str(home / "states"),
+            }
             self.contexts[node] = Context(1, node, node_config, RecordDict(), run_config)
 
     def get_node_ids(self) -> list[int]:
@@ -120,7 +124,7 @@ class LocalGrid:
         for message in messages:
             message_id = str(len(self.replies))
             message.metadata.__dict__["_message_id"] = message_id
-            self.waiting[message_id], = self.send_and_receive([message])
+            (self.waiting[message_id],) = self.send_and_receive([message])
             ids.append(message_id)
         return ids
 
@@ -185,9 +189,17 @@ def test_an_error_of_a_device_doesnt_quote_its_text():
 # --- what can go wrong
 
 
-@pytest.mark.parametrize("report", [
-    [], {}, {"weight": 1}, {"weight": 1, "lines": None}, {"weight": "x", "lines": []},
-    {"weight": 1, "lines": [{"x": 1}]}])
+@pytest.mark.parametrize(
+    "report",
+    [
+        [],
+        {},
+        {"weight": 1},
+        {"weight": 1, "lines": None},
+        {"weight": "x", "lines": []},
+        {"weight": 1, "lines": [{"x": 1}]},
+    ],
+)
 def test_a_reply_with_an_invalid_report_is_ignored(report):
     devices = LocalDevices("--specialists 1 --rounds 1")
     send = devices.send
@@ -196,6 +208,7 @@ def test_a_reply_with_an_invalid_report_is_ignored(report):
         replies = send(*message)
         replies["bert"] = replies["bert"][0], report
         return replies
+
     devices.send = send_invalid
     result = devices.server_run().play()
     assert [user["name"] for user in result["users"]] == ["anna", "cleo"]
@@ -217,6 +230,7 @@ def test_a_run_that_is_killed_at_any_moment_continues_bit_for_bit(moment, monkey
         written.append(path)
         if len(written) == moment:
             raise Killed
+
     for module in (device, server):
         monkeypatch.setattr(module, "write", deadly_write)
     with pytest.raises(Killed):
@@ -244,6 +258,7 @@ def test_an_upload_that_isnt_finite_is_refused():
         for tensor in replies["bert"][0].values():
             tensor.fill_(torch.nan)
         return replies
+
     devices.send = send_nan
     assert devices.server_run().play()["refused"] == 1
 
@@ -267,14 +282,17 @@ def test_noise_cant_be_drawn_again_and_epsilon_counts_the_most_frequent_user(abs
     assert privacy["epsilon"] == expected
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    ("--method centralized --specialists 1", "`method` centralized: .*one place"),
-    ("--method pcl --specialists 1", "`method` pcl: isn't an average"),
-    ("--target mixed", "`target` mixed"),
-    ("--drop-rate 0.1", "`drop_rate` 0.1"),
-    ("--participation 0.1", "`participation` 0.1: selects a single user"),
-    ("--users 2 --specialists 1", "`users` 2: the run config names anna, bert, cleo"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--method centralized --specialists 1", "`method` centralized: .*one place"),
+        ("--method pcl --specialists 1", "`method` pcl: isn't an average"),
+        ("--target mixed", "`target` mixed"),
+        ("--drop-rate 0.1", "`drop_rate` 0.1"),
+        ("--participation 0.1", "`participation` 0.1: selects a single user"),
+        ("--users 2 --specialists 1", "`users` 2: the run config names anna, bert, cleo"),
+    ],
+)
 def test_what_only_train_can_do_is_refused(flags, message):
     with pytest.raises(BadInput, match=message):
         server.check(settings_of(command(flags, "unused")), list(NAMES))
@@ -304,8 +322,9 @@ def test_a_network_on_this_machine_gives_the_results_of_train_and_leaves_no_proc
     flags = "--users 2 --specialists 1 --rounds 1"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-m", "flower.try_it", *command(flags, "flower")]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300,
-                          check=True)
+    done = subprocess.run(
+        arguments, env=environment, capture_output=True, text=True, timeout=300, check=True
+    )
     assert "round 1: 2 of 2 replied" in done.stdout
     assert train.main(command(flags, "plain")) == 0
     assert_same_result(Path("flower/server"), Path("plain"))

@@ -27,14 +27,17 @@ def aggregate(guard: Guard, *uploads) -> int:
     return guard.aggregate(by_user)
 
 
-@pytest.mark.parametrize(("broken", "reason"), [
-    (torch.full(SHAPE, torch.nan), "b isn't finite, or beyond 1e+30"),
-    (torch.full(SHAPE, -torch.inf), "b isn't finite, or beyond 1e+30"),
-    (torch.full(SHAPE, 3e38), "b isn't finite, or beyond 1e+30"),
-    (torch.zeros(200, 9), "b has shape (200, 9), not (200, 200)"),
-    (torch.zeros(SHAPE).double(), "b isn't torch.float32"),
-    ([0.0] * 200, "b isn't torch.float32"),
-])
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (torch.full(SHAPE, torch.nan), "b isn't finite, or beyond 1e+30"),
+        (torch.full(SHAPE, -torch.inf), "b isn't finite, or beyond 1e+30"),
+        (torch.full(SHAPE, 3e38), "b isn't finite, or beyond 1e+30"),
+        (torch.zeros(200, 9), "b has shape (200, 9), not (200, 200)"),
+        (torch.zeros(SHAPE).double(), "b isn't torch.float32"),
+        ([0.0] * 200, "b isn't torch.float32"),
+    ],
+)
 def test_an_upload_with_a_broken_tensor_is_refused_and_the_others_are_averaged(broken, reason):
     guard = Guard(Server(HELD))
     assert aggregate(guard, full(1), full(3), {"a": HELD["a"], "b": broken}) == 2

@@ -116,8 +116,10 @@ def test_the_frozen_block_reads_a_token_once_however_many_experts_it_selects(mon
 @pytest.mark.parametrize("shape", [{}, LLAMA])
 def test_bfloat16_changes_loss_and_gradients_by_rounding_only(shape):
     """With all experts selected; else rounding can change the selection. Gradients are float32."""
-    exact, rounded = (as_in(dtype, seed=1, spread=0.3, specialists=3, top_k=4, **shape)
-                      for dtype in ("float32", "bfloat16"))
+    exact, rounded = (
+        as_in(dtype, seed=1, spread=0.3, specialists=3, top_k=4, **shape)
+        for dtype in ("float32", "bfloat16")
+    )
     exact_loss = exact(*BATCH)[1]
     rounded_loss = rounded(*BATCH)[1]
     assert rounded_loss.dtype == torch.float32

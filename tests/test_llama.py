@@ -95,19 +95,34 @@ def write(changes: dict | None = None) -> str:
 def test_a_llama_with_scaled_positions_equals_hugging_faces(expert, tied):
     transformers = pytest.importorskip("transformers", reason=ORACLE)
     gguf = pytest.importorskip("gguf", reason=OPTIONAL)
-    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 128}
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    }
     config = transformers.LlamaConfig(
-        vocab_size=263, hidden_size=64, intermediate_size=80, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        rms_norm_eps=1e-5, tie_word_embeddings=tied, rope_parameters=rope)
+        vocab_size=263,
+        hidden_size=64,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=tied,
+        rope_parameters=rope,
+    )
     oracle = transformers.LlamaForCausalLM(config).eval()
     weights = random_weights()
     if tied:
         weights["output.weight"] = weights["token_embd.weight"]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
     oracle.load_state_dict(
-        {name: weights[names.get_name(name, [".weight"])] for name in oracle.state_dict()})
+        {name: weights[names.get_name(name, [".weight"])] for name in oracle.state_dict()}
+    )
 
     factors = 1e4 ** (-torch.arange(8) / 8) / oracle.model.rotary_emb.inv_freq
     changes = {"rope_freqs.weight": factors}
@@ -134,7 +149,8 @@ def test_smollm2_equals_hugging_faces(smollm2, monkeypatch):
     for slow in ("GGUFReader", "get_tensor_name_map"):  # transformers calls them again and again
         monkeypatch.setattr(gguf, slow, functools.cache(getattr(gguf, slow)))
     oracle = transformers.AutoModelForCausalLM.from_pretrained(
-        smollm2.path.parent, gguf_file=smollm2.path.name, dtype=torch.float32)
+        smollm2.path.parent, gguf_file=smollm2.path.name, dtype=torch.float32
+    )
     config = GPTConfig(**smollm2.config, expert="lora")
     model = GPT(config, pretrained=read_parameters(smollm2, torch.float32))
     tokens = smollm2.encoding.encode_ordinary(pydoc_data.topics.topics["assert"])
@@ -174,27 +190,35 @@ def test_a_run_on_a_file_learns_alike_in_both_dtypes_and_its_models_write_text(c
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=5e-3)
 
 
-@pytest.mark.parametrize(("init_from", "rounds", "block_size", "router_steps"), [
-    ("x.gguf", 10, 128, 10),
-    ("smollm2", 10, 128, 10),
-    ("base.pt", 64, 64, 5),
-])
+@pytest.mark.parametrize(
+    ("init_from", "rounds", "block_size", "router_steps"),
+    [
+        ("x.gguf", 10, 128, 10),
+        ("smollm2", 10, 128, 10),
+        ("base.pt", 64, 64, 5),
+    ],
+)
 def test_language_models_have_other_defaults_than_small_bases(
-        init_from, rounds, block_size, router_steps):
+    init_from, rounds, block_size, router_steps
+):
     settings = Settings(init_from=init_from, expert="lora")
     assert settings.rounds == rounds
     assert settings.block_size == block_size
     assert settings.router_steps == router_steps
 
 
-@pytest.mark.parametrize(("init_from", "expert", "is_fast", "dtype"), [
-    ("x.gguf", "lora", True, "bfloat16"),
-    ("x.gguf", "lora", False, "float32"),
-    ("x.gguf", "mlp", True, "float32"),
-    ("base.pt", "lora", True, "float32"),
-])
+@pytest.mark.parametrize(
+    ("init_from", "expert", "is_fast", "dtype"),
+    [
+        ("x.gguf", "lora", True, "bfloat16"),
+        ("x.gguf", "lora", False, "float32"),
+        ("x.gguf", "mlp", True, "float32"),
+        ("base.pt", "lora", True, "float32"),
+    ],
+)
 def test_auto_is_bfloat16_on_a_frozen_language_model_if_the_processor_multiplies_it(
-        init_from, expert, is_fast, dtype, monkeypatch):
+    init_from, expert, is_fast, dtype, monkeypatch
+):
     monkeypatch.setattr(start, "multiplies_bfloat16", lambda device: is_fast)
     settings = Settings(init_from=init_from, expert=expert)
     assert start.dtype_of(settings) == dtype
@@ -204,14 +228,50 @@ def test_auto_is_bfloat16_on_a_frozen_language_model_if_the_processor_multiplies
 
 
 ALPHABETS = [  # first and last character's number
-    (0x00, 0x1F), (0x20, 0x7E), (0xA0, 0x24F), (0x300, 0x36F), (0x370, 0x3FF), (0x400, 0x52F),
-    (0x590, 0x5FF), (0x600, 0x6FF), (0x900, 0x97F), (0xE00, 0xE7F), (0x2000, 0x2BFF),
-    (0x3040, 0x30FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0x10000, 0x103FF), (0x1F300, 0x1FAFF),
-    (0xE0000, 0xE007F), (0x10FFF0, 0x10FFFF)]
+    (0x00, 0x1F),
+    (0x20, 0x7E),
+    (0xA0, 0x24F),
+    (0x300, 0x36F),
+    (0x370, 0x3FF),
+    (0x400, 0x52F),
+    (0x590, 0x5FF),
+    (0x600, 0x6FF),
+    (0x900, 0x97F),
+    (0xE00, 0xE7F),
+    (0x2000, 0x2BFF),
+    (0x3040, 0x30FF),
+    (0x4E00, 0x9FFF),
+    (0xAC00, 0xD7A3),
+    (0x10000, 0x103FF),
+    (0x1F300, 0x1FAFF),
+    (0xE0000, 0xE007F),
+    (0x10FFF0, 0x10FFFF),
+]
 PIECES = [
-    *string.digits, *"²½Ⅷ١٢५๓①", *string.punctuation, *"’“—", " ", "  ", "   7", "\t", "\n", "\r\n",
-    "\n\n", "\x85", "\u2028", "\u3000", "👩‍👩‍👧", "🏳️‍🌈", "e\u0301", "Straße", "don't",
-    "I'M", "we'll", "'re", "'S"]
+    *string.digits,
+    *"²½Ⅷ١٢५๓①",
+    *string.punctuation,
+    *"’“—",
+    " ",
+    "  ",
+    "   7",
+    "\t",
+    "\n",
+    "\r\n",
+    "\n\n",
+    "\x85",
+    "\u2028",
+    "\u3000",
+    "👩‍👩‍👧",
+    "🏳️‍🌈",
+    "e\u0301",
+    "Straße",
+    "don't",
+    "I'M",
+    "we'll",
+    "'re",
+    "'S",
+]
 LEFT_OUT = "\4\6\x13\x14\x16\x1d"  # SmolLM2 has no tokens for them
 
 
@@ -241,8 +301,10 @@ def oracle_tokenizer(file: LlamaFile, name: str):
         steps = [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
     else:
         pattern = tokenizers.Regex(PATTERNS[name])
-        steps = [pre.Split(pattern, "isolated"),
-                 pre.ByteLevel(add_prefix_space=False, use_regex=False)]
+        steps = [
+            pre.Split(pattern, "isolated"),
+            pre.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     oracle.pre_tokenizer = pre.Sequence(steps)
     return oracle
 
@@ -275,10 +337,13 @@ def test_only_bytes_that_smollm2_leaves_out_have_no_token(smollm2):
     assert set(lacking) <= {*LEFT_OUT.encode(), *never_in_utf8, *begin_40000_to_bffff}
 
 
-@pytest.mark.parametrize(("pre_tokenizer", "expected"), [
-    ("smollm", ["0", "0", "0", "0", "0"]),
-    ("llama-bpe", ["000", "00"]),
-])
+@pytest.mark.parametrize(
+    ("pre_tokenizer", "expected"),
+    [
+        ("smollm", ["0", "0", "0", "0", "0"]),
+        ("llama-bpe", ["000", "00"]),
+    ],
+)
 def test_digits_stand_alone_for_smollm_and_in_threes_for_llama(pre_tokenizer, expected):
     tokenizer = data.tokenizer(write({"tokenizer.ggml.pre": pre_tokenizer}))
     assert [TOKENS[token] for token in tokenizer.encode_ordinary("00000")] == expected
@@ -303,23 +368,29 @@ def refused(problem: str, name: str = "tiny.gguf") -> None:
         load(name)
 
 
-@pytest.mark.parametrize(("changes", "problem"), [
-    ({"llama.embedding_length": None}, "llama.embedding_length is None"),
-    ({"llama.attention.head_count": 3}, "64 channels can't be split into 3 heads"),
-    ({"llama.attention.head_count": 0}, "head_count is 0"),
-    ({"llama.attention.head_count_kv": 3}, "4 query heads can't share 3"),
-    ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is 8, not 16"),
-    ({"llama.rope.scaling.type": "yarn"}, "'yarn': this scaling of positions is unknown"),
-    ({"rope_freqs.weight": torch.ones(16)}, "rope_freqs.weight doesn't hold 8"),
-    ({"blk.1.ffn_up.weight": None}, "blk.1.ffn_up.weight is missing"),
-    ({"token_embd.weight": None}, "token_embd.weight is missing"),
-    ({"blk.0.attn_q.bias": torch.ones(64)}, "'blk.0.attn_q.bias' is unexpected"),
-    ({"blk.2.ffn_gate.weight": torch.ones(80, 63)}, "blk.2.ffn_gate.weight has the shape"),
-    ({"output.weight": torch.full((263, 64), torch.nan)}, "output.weight holds numbers that"),
-    ({"tokenizer.ggml.pre": "qwen2"}, "its pre-tokenizer is 'qwen2'"),
-    ({"tokenizer.ggml.tokens": [*TOKENS[:260], "!", *TOKENS[261:]]}, "its vocabulary"),  # "!" twice
-    ({"tokenizer.ggml.bos_token_id": 999}, "its vocabulary"),
-])
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"llama.embedding_length": None}, "llama.embedding_length is None"),
+        ({"llama.attention.head_count": 3}, "64 channels can't be split into 3 heads"),
+        ({"llama.attention.head_count": 0}, "head_count is 0"),
+        ({"llama.attention.head_count_kv": 3}, "4 query heads can't share 3"),
+        ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is 8, not 16"),
+        ({"llama.rope.scaling.type": "yarn"}, "'yarn': this scaling of positions is unknown"),
+        ({"rope_freqs.weight": torch.ones(16)}, "rope_freqs.weight doesn't hold 8"),
+        ({"blk.1.ffn_up.weight": None}, "blk.1.ffn_up.weight is missing"),
+        ({"token_embd.weight": None}, "token_embd.weight is missing"),
+        ({"blk.0.attn_q.bias": torch.ones(64)}, "'blk.0.attn_q.bias' is unexpected"),
+        ({"blk.2.ffn_gate.weight": torch.ones(80, 63)}, "blk.2.ffn_gate.weight has the shape"),
+        ({"output.weight": torch.full((263, 64), torch.nan)}, "output.weight holds numbers that"),
+        ({"tokenizer.ggml.pre": "qwen2"}, "its pre-tokenizer is 'qwen2'"),
+        (
+            {"tokenizer.ggml.tokens": [*TOKENS[:260], "!", *TOKENS[261:]]},
+            "its vocabulary",
+        ),  # "!" twice
+        ({"tokenizer.ggml.bos_token_id": 999}, "its vocabulary"),
+    ],
+)
 def test_what_is_not_a_known_llama_is_refused(changes, problem):
     write(changes)
     refused(problem)

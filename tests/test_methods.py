@@ -19,10 +19,22 @@ def lora_user(method: str, seed: int = 0, **config):
 
 
 SENT = {  # the factors that are sent, and whether the paper's specialist is sent, too
-    **dict.fromkeys(("comigs", "comigs-uniform", "comigs-train", "comigs-joint", "comigs-leaky",
-                     "comigs-apart", "pfedmoe", "fdlora"), ({"lora_A", "lora_B"}, False)),
-    **dict.fromkeys(("comigs-2g", "fedavg", "pcl", "hetlora", "flexlora"),
-                    ({"lora_A", "lora_B"}, True)),
+    **dict.fromkeys(
+        (
+            "comigs",
+            "comigs-uniform",
+            "comigs-train",
+            "comigs-joint",
+            "comigs-leaky",
+            "comigs-apart",
+            "pfedmoe",
+            "fdlora",
+        ),
+        ({"lora_A", "lora_B"}, False),
+    ),
+    **dict.fromkeys(
+        ("comigs-2g", "fedavg", "pcl", "hetlora", "flexlora"), ({"lora_A", "lora_B"}, True)
+    ),
     **dict.fromkeys(("local", "comigs-2s", "centralized"), (set(), False)),
     "ffa-lora": ({"lora_B"}, True),
     "fedsa-lora": ({"lora_A"}, True),
@@ -52,14 +64,23 @@ def test_each_method_sends_its_factors_and_experts(method):
     assert bool(frozen) == (method == "ffa-lora")
 
 
-@pytest.mark.parametrize(("wrong", "message"), [
-    (dict(method="hetlora"), "`expert` lora"),
-    (dict(method="comigs-apart", generalists=0), "both kinds"),
-    (dict(method="pcl", users=2, specialists=(1, 2)), "one number"),
-    (dict(method="fedavg", users=2, expert="lora", init_from="x", lora_rank=(1, 2)), "lora_rank"),
-    (dict(method="pcl", clip_update=1.0), "clip_update"),
-    (dict(method="fedavg", users=2, specialists=(1, 2), clip_update=1.0, dp_noise=1.0), "dp_noise"),
-])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(method="hetlora"), "`expert` lora"),
+        (dict(method="comigs-apart", generalists=0), "both kinds"),
+        (dict(method="pcl", users=2, specialists=(1, 2)), "one number"),
+        (
+            dict(method="fedavg", users=2, expert="lora", init_from="x", lora_rank=(1, 2)),
+            "lora_rank",
+        ),
+        (dict(method="pcl", clip_update=1.0), "clip_update"),
+        (
+            dict(method="fedavg", users=2, specialists=(1, 2), clip_update=1.0, dp_noise=1.0),
+            "dp_noise",
+        ),
+    ],
+)
 def test_a_run_that_a_method_cant_have_is_refused(wrong, message):
     with pytest.raises(BadInput, match=f"`method` {wrong['method']}.*{message}"):
         Settings(**wrong)
@@ -84,7 +105,8 @@ def test_leaky_levels_carry_their_gradients_into_each_others_next_step():
     experts = list(user.model.having(GENERALIST, SPECIALIST).values())
     descended = []
     user.upper.optimizer.register_step_pre_hook(
-        lambda *_: descended.extend(parameter.grad.clone() for parameter in router))
+        lambda *_: descended.extend(parameter.grad.clone() for parameter in router)
+    )
     accumulated = []
     for _ in range(3):
         accumulated.append(torch.autograd.grad(user.model(*train)[1], router))

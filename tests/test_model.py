@@ -73,8 +73,11 @@ def random_input(*shape: int) -> Tensor:
     return x.requires_grad_()
 
 
-KINDS = [dict(expert="mlp"), dict(expert="mlp", use_kernels=False),
-         dict(expert="lora", lora_rank=3)]
+KINDS = [
+    dict(expert="mlp"),
+    dict(expert="mlp", use_kernels=False),
+    dict(expert="lora", lora_rank=3),
+]
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 5])
@@ -90,7 +93,8 @@ def test_the_mixture_equals_the_dense_one_in_output_and_all_gradients(kind, feed
 @pytest.mark.parametrize("feed_forward", ["gelu-tanh", "swiglu"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_fixed_gates_that_dont_sum_to_1_it_equals_the_dense_one_bias_included(
-        kind, feed_forward):
+    kind, feed_forward
+):
     moe = tiny(specialists=2, feed_forward=feed_forward, **kind).blocks[0].moe
     x = random_input(3, 5, 8)
     gates = torch.tensor([0.5, 1.5, 0.25], dtype=torch.float64)
@@ -217,8 +221,9 @@ def test_a_method_can_change_roles_and_the_roles_of_factors():
         assert model.roles[name] == (BACKBONE if name.endswith("lora_A") else SPECIALIST)
 
 
-@pytest.mark.parametrize("roles", [
-    {"specialists": "generalist"}, {"specialist": "generalists"}, {"A": "backbone"}])
+@pytest.mark.parametrize(
+    "roles", [{"specialists": "generalist"}, {"specialist": "generalists"}, {"A": "backbone"}]
+)
 def test_a_typo_in_roles_is_refused(roles):
     with pytest.raises(ValueError, match="roles"):
         GPTConfig(**SHAPE, roles=roles)
@@ -234,8 +239,9 @@ def test_a_parameter_without_a_role_is_refused():
         Forgetful(GPTConfig(**SHAPE))
 
 
-@pytest.mark.parametrize("wrong", [
-    dict(n_embd=9), dict(generalists=0, specialists=0), dict(dtype="bfloat16")])
+@pytest.mark.parametrize(
+    "wrong", [dict(n_embd=9), dict(generalists=0, specialists=0), dict(dtype="bfloat16")]
+)
 def test_an_impossible_shape_is_refused(wrong):
     with pytest.raises(ValueError, match="n_embd|expert|frozen"):
         GPTConfig(**SHAPE | wrong)
@@ -337,12 +343,14 @@ def test_tokens_behind_a_cache_are_computed_as_in_the_whole_text(shape, use_kern
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize(("block_size", "prompt"), [(6, 1), (6, 7), (5, 3), (5, 20)])
 def test_a_token_sees_the_text_from_the_first_half_block_from_which_it_fits(
-        block_size, prompt, cache, gates):
+    block_size, prompt, cache, gates
+):
     """Halves of a block are counted from the beginning of the text, and rounded up."""
     model = tiny(block_size=block_size)
     text = torch.randint(11, (2, prompt), generator=seeded(0))
-    ours = generate(model, text, 30, temperature=0.8, generator=seeded(1), cache=cache,
-                    fixed_gates=gates)
+    ours = generate(
+        model, text, 30, temperature=0.8, generator=seeded(1), cache=cache, fixed_gates=gates
+    )
     generator = seeded(1)
     half = math.ceil(block_size / 2)
     for length in range(prompt, prompt + 30):

@@ -26,8 +26,10 @@ from tiny import tiny
 SOURCE = page.TEMPLATE.read_text(encoding="utf-8")
 NAME = "<b>&'\""
 TEXT = b"some text to route, longer than a window"
-NASTY = ("<script>alert('&amp;')</script>\t\"q\" 'x' שלום مرحبا é 漢字 \u2028 </article> @@DATA@@ "
-         "<!-- word ")
+NASTY = (
+    "<script>alert('&amp;')</script>\t\"q\" 'x' שלום مرحبا é 漢字 \u2028 </article> @@DATA@@ "
+    "<!-- word "
+)
 FIXED = torch.tensor([[0.5, 0.3, 0.2], [0, 0.9, 0.1]])
 
 
@@ -92,8 +94,10 @@ def test_the_routing_shown_is_the_routing_used(shape):
         assert shown == pytest.approx(math.exp(sum(losses) / 40), rel=1e-5)
 
 
-@pytest.mark.parametrize(("user", "expected"), [
-    (user_of(routed=False), torch.full((2, 3), 1 / 3)), (user_of(FIXED), FIXED)])
+@pytest.mark.parametrize(
+    ("user", "expected"),
+    [(user_of(routed=False), torch.full((2, 3), 1 / 3)), (user_of(FIXED), FIXED)],
+)
 def test_without_a_router_all_tokens_have_the_same_gates(user, expected):
     view = page_of([text_of(TEXT)], user)["own"][0]
     assert np.abs(shown_gates(view, 40) - expected[:, None].numpy()).max() <= 1 / 255
@@ -142,16 +146,31 @@ def progress(*perplexities) -> list[dict]:
     return [{"name": "a"} | dict(zip(keys, row, strict=True)) for row in perplexities]
 
 
-@pytest.mark.parametrize(("rows", "roles", "ended", "expected"), [
-    ([(200, 8, 9), (280, 7.4, 9)], {}, True,
-     "2 users learned together for 4 rounds: mean test perplexity 240.0 → 7.70; "
-     "2 of 2 beat a trigram model of their training text"),
-    ([(200, 8, 9)] * 3 + [(8, 10, 9)], {GENERALIST: SPECIALIST}, True,
-     "4 users learned alone for 4 rounds: mean test perplexity 152.0 → 8.50; "
-     "3 of 4 beat a trigram model of their training text; 1 of 4 got worse"),
-    ([(200, 30, None)] * 3, {}, False,
-     "3 users learned together for 4 rounds: mean validation perplexity 200.0 → 30.00"),
-])
+@pytest.mark.parametrize(
+    ("rows", "roles", "ended", "expected"),
+    [
+        (
+            [(200, 8, 9), (280, 7.4, 9)],
+            {},
+            True,
+            "2 users learned together for 4 rounds: mean test perplexity 240.0 → 7.70; "
+            "2 of 2 beat a trigram model of their training text",
+        ),
+        (
+            [(200, 8, 9)] * 3 + [(8, 10, 9)],
+            {GENERALIST: SPECIALIST},
+            True,
+            "4 users learned alone for 4 rounds: mean test perplexity 152.0 → 8.50; "
+            "3 of 4 beat a trigram model of their training text; 1 of 4 got worse",
+        ),
+        (
+            [(200, 30, None)] * 3,
+            {},
+            False,
+            "3 users learned together for 4 rounds: mean validation perplexity 200.0 → 30.00",
+        ),
+    ],
+)
 def test_the_headline_says_how_users_learned_and_whether_it_worked(rows, roles, ended, expected):
     users = [user_of(roles=roles) for _ in rows]
     found = page.headline(progress(*rows), users, 4, ended)
@@ -179,10 +198,13 @@ def test_a_sample_is_the_likeliest_continuation_half_characters_included():
 def drawn(path: Path) -> tuple[str, str]:
     """The elements that a browser makes of a page, and their text."""
     browser = shutil.which("chromium") or pytest.skip("draws; apt-get install chromium")
-    flags = ("--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run "
-             "--enable-logging=stderr --user-data-dir=profile --dump-dom")
-    done = subprocess.run([browser, *flags.split(), path.as_uri()], capture_output=True,
-                          encoding="utf-8")
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run "
+        "--enable-logging=stderr --user-data-dir=profile --dump-dom"
+    )
+    done = subprocess.run(
+        [browser, *flags.split(), path.as_uri()], capture_output=True, encoding="utf-8"
+    )
     assert "CONSOLE" not in done.stderr
     elements = done.stdout.partition("<body>")[2].partition("<script")[0]
     return elements, unescape(re.sub("<[^>]*>", "", elements))
@@ -192,8 +214,10 @@ def drawn(path: Path) -> tuple[str, str]:
 def played(corpus) -> dict:
     """A run with a user whose name and text are malicious. Returns its result.json."""
     (Path(corpus) / "bert.txt").rename(Path(corpus) / f"{NAME}.txt").write_text(NASTY * 60)
-    flags = ("--users 3 --specialists 4,1,1 --rounds 2 --eval-every 1 --n-layer 1 --n-embd 16 "
-             "--out run --data text")
+    flags = (
+        "--users 3 --specialists 4,1,1 --rounds 2 --eval-every 1 --n-layer 1 --n-embd 16 "
+        "--out run --data text"
+    )
     assert train.main(flags.split()) == 0
     return json.loads(Path("run/result.json").read_text())
 
@@ -209,8 +233,9 @@ def test_a_page_shows_test_text_at_the_end_and_validation_text_before(played):
     assert going["own"][1]["tokens"] != ended["own"][1]["tokens"]
     text = data.load(sample.open_run("run").settings.data_config, data.tokenizer("bytes"))[1]
     shown = "".join(going["own"][1]["tokens"])
-    assert shown == "".join(page.decode(text.valid[:len(going["own"][1]["tokens"])].tolist(),
-                                        data.tokenizer("bytes")))
+    assert shown == "".join(
+        page.decode(text.valid[: len(going["own"][1]["tokens"])].tolist(), data.tokenizer("bytes"))
+    )
 
 
 def test_a_browser_draws_the_page(played, tmp_path):
@@ -224,5 +249,5 @@ def test_a_browser_draws_the_page(played, tmp_path):
     points = [curve.count(",") for curve in re.findall('points="(.*?)"', elements)]
     assert points == [2, 3] * 3  # training and validation, of each user
     gates = shown_gates(content["own"][0], len(content["own"][0]["tokens"]))[0]
-    shares = re.findall("<b [^>]*--at: ([^;]*)", elements)[:len(gates)]
+    shares = re.findall("<b [^>]*--at: ([^;]*)", elements)[: len(gates)]
     assert [float(share) for share in shares] == pytest.approx(gates[:, 0], abs=1e-4)

@@ -27,19 +27,23 @@ def gpt2_tensors(V: int = 11, T: int = 12, L: int = 2, C: int = 8) -> dict[str, 
     return tensors
 
 
-@pytest.mark.parametrize("fields", [
-    dict(expert="lora"),
-    dict(expert="lora", specialists=4, lora_rank=3),
-    dict(expert="mlp", specialists=3),
-    dict(expert="mlp", generalists=2, specialists=0, routed=False),
-])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(expert="lora"),
+        dict(expert="lora", specialists=4, lora_rank=3),
+        dict(expert="mlp", specialists=3),
+        dict(expert="mlp", generalists=2, specialists=0, routed=False),
+    ],
+)
 def test_at_the_start_every_kind_of_model_equals_hugging_faces_gpt2(fields):
     """With GPT-2's number of layers, in float64, and weights large enough for all parts to show."""
     reason = "the oracle; pip install -r requirements-dev.txt"
     transformers = pytest.importorskip("transformers", reason=reason)
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=997, n_positions=40, n_layer=12, n_embd=128, n_head=2)
+        vocab_size=997, n_positions=40, n_layer=12, n_embd=128, n_head=2
+    )
     oracle = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for parameter in oracle.parameters():
@@ -118,25 +122,31 @@ def refused(problem: str, name: str = "base.pt") -> None:
         load(name)
 
 
-@pytest.mark.parametrize(("changes", "problem"), [
-    ({"h.1.ln_2.bias": None}, "h.1.ln_2.bias is not a tensor"),
-    ({"h.0.crossattention.weight": torch.ones(2)}, "h.0.crossattention.weight' is unexpected"),
-    ({"h.0.mlp.c_fc.weight": torch.ones(8, 31)}, r"has the shape \[31, 8\], not \[32, 8\]"),
-    ({"h.2.ln_1.weight": torch.ones(8)}, "h.2.ln_1.bias is missing"),
-    ({"lm_head.weight": torch.ones(11, 8)}, "lm_head.weight differs"),
-    ({"wte.weight": torch.full((11, 8), torch.nan)}, "wte.weight holds numbers that"),
-    ({"wte.weight": torch.ones(8)}, "wte.weight is missing or not a matrix"),
-])
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"h.1.ln_2.bias": None}, "h.1.ln_2.bias is not a tensor"),
+        ({"h.0.crossattention.weight": torch.ones(2)}, "h.0.crossattention.weight' is unexpected"),
+        ({"h.0.mlp.c_fc.weight": torch.ones(8, 31)}, r"has the shape \[31, 8\], not \[32, 8\]"),
+        ({"h.2.ln_1.weight": torch.ones(8)}, "h.2.ln_1.bias is missing"),
+        ({"lm_head.weight": torch.ones(11, 8)}, "lm_head.weight differs"),
+        ({"wte.weight": torch.full((11, 8), torch.nan)}, "wte.weight holds numbers that"),
+        ({"wte.weight": torch.ones(8)}, "wte.weight is missing or not a matrix"),
+    ],
+)
 def test_wrong_tensors_are_refused(changes, problem):
     write_packed(model=gpt2_tensors() | changes)
     refused(problem)
 
 
-@pytest.mark.parametrize(("config", "problem"), [
-    ({"n_head": 3}, "8 channels can't be split into 3 heads"),
-    ({"n_head": -4}, "8 channels can't be split into -4 heads"),
-    ({}, "8 channels can't be split into 0 heads"),
-])
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"n_head": 3}, "8 channels can't be split into 3 heads"),
+        ({"n_head": -4}, "8 channels can't be split into -4 heads"),
+        ({}, "8 channels can't be split into 0 heads"),
+    ],
+)
 def test_wrong_heads_are_refused(config, problem):
     write_packed(config=config)
     refused(problem)
@@ -199,8 +209,10 @@ def pretraining(monkeypatch):
     monkeypatch.setattr(data.sources, "pretraining_documents", lambda: iter(documents))
 
     def command(more: str = "") -> int:
-        flags = ("--steps 60 --n-layer 2 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 "
-                 "--lr 1e-2 --out base")
+        flags = (
+            "--steps 60 --n-layer 2 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 "
+            "--lr 1e-2 --out base"
+        )
         return pretrain.main(f"{flags} {more}".split())
 
     return command
@@ -233,15 +245,18 @@ def test_a_run_on_a_pretrained_base_learns_and_uploads_only_factors(pretraining,
     assert saved["base"] == {"name": "base/base.pt", "sha256": sha256, "tokenizer": "bytes"}
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    ("--lr 1e9 --warmup 0", "--lr 1000000000.0: the loss grew to .*; pass a smaller value"),
-    ("--n-embd 9", "--n-embd 9: not divisible"),
-    ("--users 4", "--users 4: "),
-    ("--device x", "--device x: "),
-    ("--block-size 20000", "--block-size 20000: .*too few"),
-    ("--out old/base.pt", "--out old/base.pt: "),
-    ("--out old", "--out old: .*--overwrite"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--lr 1e9 --warmup 0", "--lr 1000000000.0: the loss grew to .*; pass a smaller value"),
+        ("--n-embd 9", "--n-embd 9: not divisible"),
+        ("--users 4", "--users 4: "),
+        ("--device x", "--device x: "),
+        ("--block-size 20000", "--block-size 20000: .*too few"),
+        ("--out old/base.pt", "--out old/base.pt: "),
+        ("--out old", "--out old: .*--overwrite"),
+    ],
+)
 def test_pretraining_that_fails_is_one_line_and_writes_nothing(flags, message, pretraining, capsys):
     Path("old").mkdir()
     Path("old/base.pt").write_text("a base")

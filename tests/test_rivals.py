@@ -165,7 +165,7 @@ def test_pcl_mixes_by_the_softmax_of_minus_perplexity_worked_by_hand(monkeypatch
     losses = {1.0: 0.0, 3.0: math.log(1 + math.log(2)), 5.0: math.log(1 + math.log(4))}
 
     def evaluate(model, batches):
-        number, = {p.mean().item() for p in model.having(GENERALIST).values()}
+        (number,) = {p.mean().item() for p in model.having(GENERALIST).values()}
         return losses[number], None
 
     monkeypatch.setattr(rivals, "evaluate", evaluate)
@@ -199,7 +199,8 @@ def test_pfedmoe_adds_a_hundredth_of_the_layers_balancing_losses_and_reports_the
     seen = []
     for block in user.model.blocks:
         block.moe_norm.register_forward_hook(
-            lambda module, inputs, output: seen.append(output.flatten(0, 1)))
+            lambda module, inputs, output: seen.append(output.flatten(0, 1))
+        )
     loss, objective = user.lower.objective(user.model, *batch)
     balancing = 0
     for block, normalized in zip(user.model.blocks, seen, strict=True):
@@ -260,12 +261,15 @@ def test_fdlora_fuses_with_the_weight_of_least_loss():
 # --- where methods are equal
 
 
-@pytest.mark.parametrize(("one", "two", "config", "equal"), [
-    ("pcl", "fedavg", dict(seed=0), True),  # with the same text, all users send the same model
-    ("comigs-joint", "fedavg", dict(specialists=0), True),  # one expert, whose gate is 1
-    ("pfedmoe", "comigs-joint", dict(specialists=2, top_k=3), True),  # all experts are selected
-    ("pfedmoe", "comigs-joint", dict(specialists=2, top_k=2), False),
-])
+@pytest.mark.parametrize(
+    ("one", "two", "config", "equal"),
+    [
+        ("pcl", "fedavg", dict(seed=0), True),  # with the same text, all users send the same model
+        ("comigs-joint", "fedavg", dict(specialists=0), True),  # one expert, whose gate is 1
+        ("pfedmoe", "comigs-joint", dict(specialists=2, top_k=3), True),  # all experts are selected
+        ("pfedmoe", "comigs-joint", dict(specialists=2, top_k=2), False),
+    ],
+)
 def test_where_two_methods_are_equal(one, two, config, equal):
     ends = []
     for method in (one, two):

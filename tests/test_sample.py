@@ -16,8 +16,10 @@ from tiny import tiny
 
 SCRATCH = "--n-layer 1 --n-embd 16 --n-head 2"
 LORA = "--init-from base.pt --expert lora"
-SCHEDULE = ("--users 3 --rounds 2 --local-steps 2 --router-every 2 --router-steps 1 "
-            "--batch-size 2 --block-size 8 --out run")
+SCHEDULE = (
+    "--users 3 --rounds 2 --local-steps 2 --router-every 2 --router-steps 1 "
+    "--batch-size 2 --block-size 8 --out run"
+)
 
 
 @pytest.fixture
@@ -32,9 +34,17 @@ def play(corpus, tiny_base):
     return run
 
 
-@pytest.mark.parametrize(("method", "start"), [
-    ("comigs", SCRATCH), ("centralized", SCRATCH), ("pcl", LORA), ("fdlora", LORA),
-    ("hetlora", LORA), ("ffa-lora", LORA)])
+@pytest.mark.parametrize(
+    ("method", "start"),
+    [
+        ("comigs", SCRATCH),
+        ("centralized", SCRATCH),
+        ("pcl", LORA),
+        ("fdlora", LORA),
+        ("hetlora", LORA),
+        ("ffa-lora", LORA),
+    ],
+)
 def test_the_models_of_a_checkpoint_are_the_ones_that_were_tested(play, method, start):
     """And the report is written again to the byte."""
     play(method, start)

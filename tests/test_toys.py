@@ -52,11 +52,13 @@ class Unigram(nn.Module):
 
     def __init__(self, vocab_size: int):
         super().__init__()
-        self.numbers = nn.ParameterDict({
-            GENERALIST: torch.zeros(vocab_size),
-            SPECIALIST: torch.zeros(vocab_size),
-            ROUTER: torch.zeros(2),
-        })
+        self.numbers = nn.ParameterDict(
+            {
+                GENERALIST: torch.zeros(vocab_size),
+                SPECIALIST: torch.zeros(vocab_size),
+                ROUTER: torch.zeros(2),
+            }
+        )
 
     def having(self, *roles: str) -> dict[str, nn.Parameter]:
         return {role: self.numbers[role] for role in roles}

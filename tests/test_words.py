@@ -15,9 +15,19 @@ def test_a_token_has_the_class_of_the_word_that_it_is_a_part_of():
     pieces = ["Der", " Bau", "m", " 7", "0", ", ", "ei", "NE", ") ", "\n", "l'", "é"]
     found = words.classes(pieces, {"articles": "der eine"})
     assert [" ".join(sorted(classes)) for classes in found] == [
-        "articles beginnings", "beginnings other words", "continuations other words", "digits",
-        "digits", "punctuation", "articles beginnings", "articles continuations", "punctuation",
-        "", "beginnings other words punctuation", "beginnings other words"]
+        "articles beginnings",
+        "beginnings other words",
+        "continuations other words",
+        "digits",
+        "digits",
+        "punctuation",
+        "articles beginnings",
+        "articles continuations",
+        "punctuation",
+        "",
+        "beginnings other words punctuation",
+        "beginnings other words",
+    ]
 
 
 def test_shares_are_the_generalists_mean_gates_over_the_tokens_of_a_class(monkeypatch):
@@ -31,9 +41,14 @@ def test_shares_are_the_generalists_mean_gates_over_the_tokens_of_a_class(monkey
     bytewise = data.tokenizer("bytes")
     shares = words.shares(user, data.encode("der 1,bc", bytewise), bytewise)
     expected = {
-        "all": (8, [0.2625, 0.125]), "articles": (3, [0.7, 0]), "other words": (1, [0, 0]),
-        "digits": (1, [0, 1]), "punctuation": (1, [0, 0]), "beginnings": (2, [0.3, 0]),
-        "continuations": (2, [0.75, 0])}
+        "all": (8, [0.2625, 0.125]),
+        "articles": (3, [0.7, 0]),
+        "other words": (1, [0, 0]),
+        "digits": (1, [0, 1]),
+        "punctuation": (1, [0, 0]),
+        "beginnings": (2, [0.3, 0]),
+        "continuations": (2, [0.75, 0]),
+    }
     assert shares.keys() == expected.keys()
     for name, (count, share) in shares.items():
         assert count == expected[name][0]

@@ -12,8 +12,16 @@ from model import BACKBONE, GENERALIST, GPT, ROLES, ROUTER, SPECIALIST, GPTConfi
 from rivals import JudgingUser
 
 SHAPE = dict(vocab_size=11, block_size=6, n_layer=2, n_head=2, n_embd=8)
-LLAMA = dict(n_kv_head=1, n_hidden=12, feed_forward="swiglu", norm="rms", rotary_base=100.0,
-             rotary_factors=[1.0, 2.0], bias=False, tied=False)
+LLAMA = dict(
+    n_kv_head=1,
+    n_hidden=12,
+    feed_forward="swiglu",
+    norm="rms",
+    rotary_base=100.0,
+    rotary_factors=[1.0, 2.0],
+    bias=False,
+    tied=False,
+)
 
 
 def same(one: dict, two: dict) -> bool:

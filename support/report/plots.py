@@ -19,6 +19,7 @@ def draw_comparison(rows: dict[str, Row], path: Path) -> None:
     draw_curves(lines, {label: rows[label] for label in ranked})
     with rc_context({"svg.fonttype": "none"}):  # text stays text
         for format in ("png", "svg"):
+
             def save(temporary: Path, format: str = format) -> None:
                 figure.savefig(temporary, format=format)
 

@@ -103,11 +103,13 @@ def curve(folders: list[Path]) -> dict[int, float]:
 
 # --- the table as text ---
 
-COLUMNS = ("Perplexity on test text, each user's and their mean, ± the standard deviation over "
-           "seeds, measured after the last average. rate: the learning rate, and what else was "
-           "chosen on validation text. hurt: the fraction of users who do worse than with the same "
-           "seed of local. trained, sent: a user's parameters that learn, and that it sends. kB: "
-           "per user and round. seconds: per run.")
+COLUMNS = (
+    "Perplexity on test text, each user's and their mean, ± the standard deviation over "
+    "seeds, measured after the last average. rate: the learning rate, and what else was "
+    "chosen on validation text. hurt: the fraction of users who do worse than with the same "
+    "seed of local. trained, sent: a user's parameters that learn, and that it sends. kB: "
+    "per user and round. seconds: per run."
+)
 
 
 def mean_and_deviation(values: list[float]) -> str:
@@ -139,8 +141,19 @@ def reference_cells(label: str, values: list[float]) -> list[str]:
 def table(rows: dict[str, Row]) -> list[list[str]]:
     """All cells. Below the rows: the untrained models of the first, and trigrams that all share."""
     first = next(iter(rows.values()))
-    header = ["", "rate", *first.users, "mean", "worst user", "hurt", "trained", "sent", "kB up",
-              "kB down", "seconds"]
+    header = [
+        "",
+        "rate",
+        *first.users,
+        "mean",
+        "worst user",
+        "hurt",
+        "trained",
+        "sent",
+        "kB up",
+        "kB down",
+        "seconds",
+    ]
     cells = [header]
     for label, row in rows.items():
         cells.append(cells_of(label, row))
@@ -178,29 +191,38 @@ def escaped(text: str) -> str:
 def latex(cells: list[list[str]], caption: str) -> str:
     columns = "l" + "r" * (len(cells[0]) - 1)
     header, *body = [" & ".join(escaped(cell) for cell in line) + r" \\" for line in cells]
-    lines = [r"\begin{table}", rf"\caption{{{escaped(caption)}}}",
-             rf"\begin{{tabular}}{{{columns}}}", header, r"\hline", *body,
-             r"\end{tabular}", r"\end{table}"]
+    lines = [
+        r"\begin{table}",
+        rf"\caption{{{escaped(caption)}}}",
+        rf"\begin{{tabular}}{{{columns}}}",
+        header,
+        r"\hline",
+        *body,
+        r"\end{tabular}",
+        r"\end{table}",
+    ]
     return "\n".join(lines) + "\n"
 
 
 def caption(rows: list[dict], seeds: int) -> str:
     """What all rows of settings have in common."""
+
     def common(name: str) -> str:
         values = {str(row[name]) for row in rows}
         return values.pop() if len(values) == 1 else "differing"
 
-    text = (f"Text: {common('data')}, target: {common('target')}. "
-            f"Base: {common('init_from')}, experts: {common('expert')}. "
-            f"{common('users')} users, {common('rounds')} rounds of {common('local_steps')} steps "
-            f"of {common('batch_size')} × {common('block_size')} tokens; {seeds} seed")
+    text = (
+        f"Text: {common('data')}, target: {common('target')}. "
+        f"Base: {common('init_from')}, experts: {common('expert')}. "
+        f"{common('users')} users, {common('rounds')} rounds of {common('local_steps')} steps "
+        f"of {common('batch_size')} × {common('block_size')} tokens; {seeds} seed"
+    )
     return f"{text}s." if seeds > 1 else f"{text}."
 
 
 # --- CSV ---
 
-USER_COLUMNS = ("specialists", "test_ppl_start", "valid_ppl", "test_ppl", "test_bpb",
-                "trigram_ppl")
+USER_COLUMNS = ("specialists", "test_ppl_start", "valid_ppl", "test_ppl", "test_bpb", "trigram_ppl")
 
 
 def user_records(folder: Path) -> Iterable[dict]:
@@ -228,8 +250,7 @@ def as_csv(records: list[dict]) -> str:
     return text.getvalue()
 
 
-def write_all(out: Path, rows: dict[str, Row], folders: dict[str, list[Path]],
-              caption: str) -> str:
+def write_all(out: Path, rows: dict[str, Row], folders: dict[str, list[Path]], caption: str) -> str:
     """Write table.md, table.tex, table.json, table.csv and curves.csv.
 
     folders: the runs of each row. Returns the table as Markdown.

@@ -1,4 +1,4 @@
-"""Checkpoints: everything that a run needs to continue bit for bit. They load with weights_only=True."""
+"""Checkpoints, from which a run continues bit for bit. They load with weights_only=True."""
 
 import zipfile
 from dataclasses import asdict
@@ -19,7 +19,7 @@ FORMAT = 6  # of checkpoints
 
 
 class TrainedUser(NamedTuple):
-    """A user at the end of a run, or in a checkpoint: its model, and the gates that replace its routers', if any."""
+    """A user of a checkpoint: its model, and the gates that replace its routers', if any."""
 
     name: str
     model: GPT
@@ -29,7 +29,10 @@ class TrainedUser(NamedTuple):
 def user_state(user: User) -> dict:
     """Everything that a user's next steps depend on, without the weights that come from a base."""
     parameters = user.model.parameters_to_save()
-    gradients = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    gradients = {}
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            gradients[name] = parameter.grad
     return {
         "name": user.name,
         "config": asdict(user.model.config),
@@ -74,7 +77,7 @@ def save_checkpoint(folder: Path, state: dict) -> None:
 
 
 def load_checkpoint(folder: Path, device: str = "cpu") -> dict | None:
-    """The state in checkpoint.pt, or None if there is no such file. Raises BadInput if it is damaged."""
+    """The state in checkpoint.pt; None if there is no such file. Raises BadInput."""
     path = folder / "checkpoint.pt"
     if not path.exists():
         return None
@@ -96,5 +99,7 @@ def load_checkpoint(folder: Path, device: str = "cpu") -> dict | None:
 
 
 def damaged(path: Path, reason: str) -> BadInput:
-    return BadInput(f"the run in {path.parent}: {path.name} is damaged or of another version ({reason}); train it "
-                    "again with `overwrite`")
+    return BadInput(
+        f"the run in {path.parent}: {path.name} is damaged or of another version ({reason}); "
+        "train it again with `overwrite`"
+    )

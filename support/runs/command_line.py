@@ -14,10 +14,11 @@ from support.runs.flags import Flag, as_text, flags, refuse
 from support.runs.settings import LANGUAGE_MODEL, SMALL_MODEL, Settings, Training
 
 GROUPS = {  # the headings of train.py --help
-    "users and experts": "users specialists generalists top_k method set expert lora_rank init_from dtype",
+    "users and experts": "users specialists generalists top_k method set expert lora_rank "
+    "init_from dtype",
     "text": "data user_field text_field short_users target train_kb valid_kb tokenizer",
-    "learning": "batch_size block_size lr warmup weight_decay router_lr router_every router_steps experts_see n_layer "
-                "n_head n_embd",
+    "learning": "batch_size block_size lr warmup weight_decay router_lr router_every "
+    "router_steps experts_see n_layer n_head n_embd",
     "federation": "rounds local_steps average participation drop_rate clip_update dp_noise",
     "run": "out resume overwrite eval_every save_every seed device compile",
 }
@@ -65,8 +66,12 @@ def help_text(name: str, flag: Flag, default: Any) -> str:
 def parser_of(kind: type) -> Parser:
     """A parser of the flags of a kind of settings."""
     summary = kind.__doc__.split(". ")[0] + "."
-    parser = Parser(usage="%(prog)s [settings]", description=summary, allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
+    parser = Parser(
+        usage="%(prog)s [settings]",
+        description=summary,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
     groups = {title: parser.add_argument_group(title) for title in ("settings", *GROUPS)}
     for each in fields(kind):
         flag = each.metadata["flag"]
@@ -99,7 +104,7 @@ def parse_known(arguments: list[str] | None, kind: type) -> tuple[dict[str, Any]
 
 
 def parse_all(arguments: list[str] | None, kind: type) -> dict[str, Any]:
-    """The settings that a command line has, by name. Raises BadInput, also for arguments that aren't settings."""
+    """The settings that a command line has, by name. Raises BadInput for other arguments."""
     values, rest = parse_known(arguments, kind)
     if rest:
         raise BadInput(f"{' '.join(rest)}: unknown; see --help")
@@ -138,9 +143,11 @@ def swept_by(text: str | None) -> tuple[str, list[float]]:
     return name.strip(), list(dict.fromkeys(values))
 
 
-# --- exit status -----------------------------------------------------------------------------------------------------
+# --- exit status ---
 
-OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed")
+OUT_OF_MEMORY = re.compile(
+    "can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed"
+)
 
 
 def as_flags(message: str) -> str:
@@ -151,7 +158,8 @@ def as_flags(message: str) -> str:
 def run_command(command: str, work: Callable[[], object], if_stopped: str) -> int:
     """Do the work of a command.
 
-    Returns its exit status: 0, 2 after bad input, 130 if the user stopped it. Mistakes in the program are tracebacks.
+    Returns its exit status: 0, 2 after bad input, 130 if the user stopped it. Mistakes in the
+    program are tracebacks.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # for a terminal without Unicode
@@ -168,7 +176,8 @@ def run_command(command: str, work: Callable[[], object], if_stopped: str) -> in
     except BadInput as error:
         problem = as_flags(str(error))
     except OSError as error:
-        problem = f"{error.filename or 'a file'}: {error.strerror or error}; check the disk and its permissions"
+        file = error.filename or "a file"
+        problem = f"{file}: {error.strerror or error}; check the disk and its permissions"
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
             raise

@@ -1,4 +1,4 @@
-"""Evaluation of users: their lines in metrics.jsonl, their rows in result.json, and the table that is printed."""
+"""Evaluation of users: lines of metrics.jsonl, rows of result.json, and the printed table."""
 
 import math
 from collections.abc import Iterator
@@ -38,10 +38,14 @@ def check_loss(settings: Settings, user: User, loss: float) -> None:
     if loss < DIVERGED:
         return
     cause = f"`dp_noise` {settings.dp_noise}" if settings.dp_noise else f"`lr` {settings.lr}"
-    raise Diverged(f"{cause}: the loss of user {user.name} has grown to {loss:.3g}; use a smaller one")
+    raise Diverged(
+        f"{cause}: the loss of user {user.name} has grown to {loss:.3g}; use a smaller one"
+    )
 
 
-def evaluate_user(settings: Settings, user: User, batches: Iterator[Batch]) -> tuple[float, list[float]]:
+def evaluate_user(
+    settings: Settings, user: User, batches: Iterator[Batch]
+) -> tuple[float, list[float]]:
     """The loss in nats, and each layer's mean gate of its generalists together. Raises Diverged."""
     loss, gates = evaluate(user.model, batches, user.fixed_gates)  # gates: (L, E)
     check_loss(settings, user, loss)
@@ -55,14 +59,23 @@ def initial_test_loss(settings: Settings, user: User, text: Text) -> float:
     return loss
 
 
-def metrics_line(settings: Settings, number: int, user: User, text: Text, train_loss: float | None) -> dict:
+def metrics_line(
+    settings: Settings, number: int, user: User, text: Text, train_loss: float | None
+) -> dict:
     """A user's line in metrics.jsonl after round `number`.
 
     train_loss: mean over the round's steps; None if the user wasn't selected.
     """
     valid_loss, share = evaluate_user(settings, user, part_of_text(settings, text.valid))
-    return {"round": number, "user": text.name, "train_loss": train_loss, "valid_loss": valid_loss,
-            "generalist_share": share, "bytes_up": user.bytes_up, "bytes_down": user.bytes_down}
+    return {
+        "round": number,
+        "user": text.name,
+        "train_loss": train_loss,
+        "valid_loss": valid_loss,
+        "generalist_share": share,
+        "bytes_up": user.bytes_up,
+        "bytes_down": user.bytes_down,
+    }
 
 
 def result_row(settings: Settings, user: User, text: Text, initial_loss: float) -> dict:
@@ -99,15 +112,25 @@ def counters(user: User) -> dict:
     return {"tokens_seen": tokens, "bytes_up": user.bytes_up, "bytes_down": user.bytes_down}
 
 
-def result_of(settings: Settings, rows: list[dict], counts: list[dict], refused: int, seconds: float,
-              privacy: dict) -> dict:
+def result_of(
+    settings: Settings,
+    rows: list[dict],
+    counts: list[dict],
+    refused: int,
+    seconds: float,
+    privacy: dict,
+) -> dict:
     """The content of result.json.
 
     rows: one result_row per text. counts: the counters of each user. refused: number of refused
     uploads. privacy: that of privacy.guarantee.
     """
-    result = {"method": settings.method, "seed": settings.seed, "seconds": round(seconds, 1),
-              "rounds": settings.rounds}
+    result = {
+        "method": settings.method,
+        "seed": settings.seed,
+        "seconds": round(seconds, 1),
+        "rounds": settings.rounds,
+    }
     for name in ("tokens_seen", "bytes_up", "bytes_down"):
         result[name] = sum(user[name] for user in counts)
     result["refused"] = refused
@@ -118,22 +141,34 @@ def result_of(settings: Settings, rows: list[dict], counts: list[dict], refused:
 
 def refused_uploads(number: int, refused: list[tuple[str, str]]) -> list[str]:
     """What to print about uploads that were refused in round `number`: users, and why."""
-    return [f"round {number}: the upload of user {name} was refused: {reason}" for name, reason in refused]
+    lines = []
+    for name, reason in refused:
+        lines.append(f"round {number}: the upload of user {name} was refused: {reason}")
+    return lines
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
+# --- the table ---
+
 
 def table(result: dict, path: Path) -> str:
     """A result, to be printed. path: the folder of the run."""
     routed = METHODS[result["method"]].routed
-    lines = [f"{'user':<14}{'experts':>9}{'parameters':>12}{'train kB':>10}{'test perplexity':>20}{'trigram':>9}"
-             f"{'bits/byte':>11}{'to generalists':>16}"]
+    header = (
+        f"{'user':<14}{'experts':>9}{'parameters':>12}{'train kB':>10}{'test perplexity':>20}"
+        f"{'trigram':>9}{'bits/byte':>11}{'to generalists':>16}"
+    )
+    lines = [header]
     for user in result["users"]:
         lines.append(table_line(user, routed))
-    lines.append(f"{'mean':<45}{'':>13}{result['mean_test_ppl']:<7.2f}{'':>9}{result['mean_test_bpb']:>11.3f}")
-    lines.append(f"{result['method']}, seed {result['seed']}: {result['rounds']} rounds in {result['seconds']:.0f} s; "
-                 f"users sent {result['bytes_up'] / 1e6:.1f} MB and received {result['bytes_down'] / 1e6:.1f} MB; "
-                 f"all files are in {path}")
+    ppl, bpb = result["mean_test_ppl"], result["mean_test_bpb"]
+    lines.append(f"{'mean':<45}{'':>13}{ppl:<7.2f}{'':>9}{bpb:>11.3f}")
+    sent = result["bytes_up"] / 1e6
+    received = result["bytes_down"] / 1e6
+    lines.append(
+        f"{result['method']}, seed {result['seed']}: {result['rounds']} rounds in "
+        f"{result['seconds']:.0f} s; users sent {sent:.1f} MB and received {received:.1f} MB; "
+        f"all files are in {path}"
+    )
     if "privacy" in result:
         lines.append(sentence(result["privacy"]))
     return "\n".join(lines)
@@ -148,5 +183,7 @@ def table_line(user: dict, routed: bool) -> str:
     if routed:
         layers = user["generalist_share"]
         share = f"{sum(layers) / len(layers):.0%}"
-    return (f"{user['name']:<14}{experts:>9}{parameters:>12,}{user['train_bytes'] / 1000:>10.0f}{perplexity}"
-            f"{user['trigram_ppl']:>9.2f}{user['test_bpb']:>11.3f}{share:>15}")
+    return (
+        f"{user['name']:<14}{experts:>9}{parameters:>12,}{user['train_bytes'] / 1000:>10.0f}"
+        f"{perplexity}{user['trigram_ppl']:>9.2f}{user['test_bpb']:>11.3f}{share:>15}"
+    )

@@ -88,7 +88,7 @@ def flags(kind: type) -> dict[str, Flag]:
 
 
 def check_values(settings: Any) -> None:
-    """Raise BadInput if a setting has a value that its flag doesn't allow. None is always allowed."""
+    """Raise BadInput if a setting has a value that its flag doesn't allow. None is allowed."""
     for name, flag in flags(type(settings)).items():
         value = getattr(settings, name)
         if value is not None and not flag.allows(value):

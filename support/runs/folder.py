@@ -1,4 +1,4 @@
-"""The folder of a run: config.json, metrics.jsonl, checkpoint.pt, and at the end result.json and page.html."""
+"""The folder of a run: its files, its lock, and how a run in it is continued."""
 
 import ast
 import hashlib
@@ -30,18 +30,38 @@ FORMAT = 5  # of config.json
 FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "result.json", "page.html")
 
 
-# --- config.json -----------------------------------------------------------------------------------------------------
+# --- config.json ---
 
-NUMERIC_CODE = ("model", "bilevel", "federated", "lora", "methods", "rivals", "data", "support/kernels")  # decides the results
+# The code that decides the results.
+NUMERIC_CODE = (
+    "model",
+    "lora",
+    "bilevel",
+    "federated",
+    "methods",
+    "rivals",
+    "data",
+    "support/kernels",
+)
 
 
 def config_of(settings: Settings, base: Base, texts: list[Text]) -> dict:
     """Everything that a run was made with."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "numpy": numpy.__version__, "tiktoken": tiktoken.__version__}
-    return {"format": FORMAT, "settings": plain(settings) | {"resume": False}, "base": describe_base(base),
-            "texts": describe_texts(texts), "code": code_digest(), "versions": versions,
-            "threads": torch.get_num_threads()}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "tiktoken": tiktoken.__version__,
+    }
+    return {
+        "format": FORMAT,
+        "settings": plain(settings) | {"resume": False},
+        "base": describe_base(base),
+        "texts": describe_texts(texts),
+        "code": code_digest(),
+        "versions": versions,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def describe_base(base: Base) -> dict:
@@ -90,12 +110,23 @@ def runs_of_other_code(configs: list[dict]) -> int:
     return sum(config.get("code") != here for config in configs)
 
 
-INPUTS = ("data", "user_field", "text_field", "short_users", "target", "train_kb", "valid_kb", "tokenizer", "users",
-          "init_from", "block_size")  # the settings that name text and base
+INPUTS = (
+    "data",
+    "user_field",
+    "text_field",
+    "short_users",
+    "target",
+    "train_kb",
+    "valid_kb",
+    "tokenizer",
+    "users",
+    "init_from",
+    "block_size",
+)  # the settings that name text and base
 
 
 def inputs_differ(configs: list[dict]) -> bool:
-    """Whether runs with the same settings of text and base had different text or a different base."""
+    """Whether runs with the same settings had different text or a different base."""
     contents = {}
     for config in configs:
         names = str([config["settings"].get(name) for name in INPUTS])
@@ -105,13 +136,14 @@ def inputs_differ(configs: list[dict]) -> bool:
     return False
 
 
-# --- the folder ------------------------------------------------------------------------------------------------------
+# --- the folder ---
+
 
 class Folder:
     """The folder of one run. While this object exists, no other process can work in it."""
 
     def __init__(self, settings: Settings, config: dict):
-        """Begin a run: make the folder, or empty it with `overwrite`, and write config.json. Or open it to resume.
+        """Make the folder, or empty it with `overwrite`, and write config.json; or resume in it.
 
         Raises BadInput.
         """
@@ -120,8 +152,12 @@ class Folder:
         self.path = Path(settings.out or new_folder(settings))
         old_files = [self.path / name for name in FILES if (self.path / name).exists()]
         if old_files and not settings.overwrite and not settings.resume:
-            refuse("out", str(self.path), "holds a run",
-                   "use another folder, `overwrite` to delete it, or `resume` to continue it")
+            refuse(
+                "out",
+                str(self.path),
+                "holds a run",
+                "use another folder, `overwrite` to delete it, or `resume` to continue it",
+            )
         try:
             self.lock = locked(self.path)
             if not settings.resume:
@@ -129,7 +165,9 @@ class Folder:
                     file.unlink()
                 write_json(self.path / "config.json", config)
         except BlockingIOError:
-            refuse("out", str(self.path), "another process works in it", "wait, or use another folder")
+            refuse(
+                "out", str(self.path), "another process works in it", "wait, or use another folder"
+            )
         except OSError as error:
             refuse("out", str(self.path), error.strerror, "use another folder")
 
@@ -143,17 +181,21 @@ class Folder:
         save_checkpoint(self.path, state | {"metrics": self.metrics})
 
     def load(self) -> dict | None:
-        """The state to continue from, or None if there is no checkpoint yet. Later lines of metrics are dropped.
+        """The state to continue from; None if there is no checkpoint yet.
 
-        Raises BadInput.
+        Lines of metrics that are newer than the checkpoint are dropped. Raises BadInput.
         """
         if (self.path / "result.json").exists():
-            raise BadInput(f"`resume`: the run in {self.path} has ended; `overwrite` starts a new one")
+            raise BadInput(
+                f"`resume`: the run in {self.path} has ended; `overwrite` starts a new one"
+            )
         begun = read_config(self.path / "config.json")
         for key, setting in (("base", "init_from"), ("texts", "data")):
             if begun[key] != self.config[key]:
-                raise BadInput(f"`{setting}`: has changed since the run in {self.path} began; restore it, or start "
-                               "again with `overwrite`")
+                raise BadInput(
+                    f"`{setting}`: has changed since the run in {self.path} began; restore it, or "
+                    "start again with `overwrite`"
+                )
         state = load_checkpoint(self.path, begun["settings"]["device"])
         self.metrics = [] if state is None else state["metrics"]
         self.log([])
@@ -165,7 +207,7 @@ class Folder:
 
 
 def new_folder(settings: Settings) -> str:
-    """A folder under out/ that doesn't exist: the name of the run, or with -2, -3, ... at its end."""
+    """A new folder under out/: the name of the run, if need be with -2, -3, ... at its end."""
     text = Path(settings.data).resolve().name
     name = f"out/{settings.method}-{text}-{settings.users}users-seed{settings.seed}"
     if not os.path.exists(name):
@@ -175,7 +217,8 @@ def new_folder(settings: Settings) -> str:
             return f"{name}-{number}"
 
 
-# --- continuing a run ------------------------------------------------------------------------------------------------
+# --- continuing a run ---
+
 
 def settings_of(arguments: list[str] | None) -> Settings:
     """The settings of a command line. With --resume, those of the run in --out. Raises BadInput."""
@@ -186,7 +229,8 @@ def settings_of(arguments: list[str] | None) -> Settings:
         raise BadInput("`resume`: needs the folder of the run; add `out`")
     path = Path(given["out"], "config.json")
     if not path.exists():
-        raise BadInput(f"`out` {given['out']}: holds no run to continue; use another folder, or leave `resume` out")
+        remedy = "use another folder, or leave `resume` out"
+        raise BadInput(f"`out` {given['out']}: holds no run to continue; {remedy}")
     saved = read_config(path)["settings"]
     refuse_changes(given, saved)
     return Settings(**saved | {"overwrite": False} | given)
@@ -200,8 +244,12 @@ def refuse_changes(given: dict[str, Any], saved: dict[str, Any]) -> None:
         if flags(Settings)[name].many:
             value = list(one_per_user(name, value, saved["users"]))
         if value != saved[name]:
-            refuse(name, given[name], f"the run in {given['out']} has {saved[name]}",
-                   "leave it out, or start again with `overwrite`")
+            refuse(
+                name,
+                given[name],
+                f"the run in {given['out']} has {saved[name]}",
+                "leave it out, or start again with `overwrite`",
+            )
 
 
 @contextmanager
@@ -216,7 +264,8 @@ def stop_after_round(path: Path) -> Iterator[Callable[[], bool]]:
         if requests:
             raise KeyboardInterrupt
         requests.append(True)
-        tqdm.write("stopping at the end of this round; press Ctrl-C again to stop at once", file=sys.stderr)
+        message = "stopping at the end of this round; press Ctrl-C again to stop at once"
+        tqdm.write(message, file=sys.stderr)
 
     old_handler = signal.signal(signal.SIGINT, request)
     try:

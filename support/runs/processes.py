@@ -26,7 +26,10 @@ Item = TypeVar("Item")
 
 
 def join(settings: Settings) -> None:
-    """Connect to the other processes under torchrun, each with its own GPU if there are some. Raises BadInput."""
+    """Connect to the other processes under torchrun, each with a GPU if there are some.
+
+    Raises BadInput.
+    """
     if "RANK" not in os.environ:
         return
     processes = int(os.environ["WORLD_SIZE"])
@@ -36,7 +39,9 @@ def join(settings: Settings) -> None:
     if processes > 1 and method.pooled:
         refuse("method", settings.method, "trains a single model", "use one process")
     if processes > 1 and method.server is not Server:
-        refuse("method", settings.method, "has a server that needs more than sums", "use one process")
+        refuse(
+            "method", settings.method, "has a server that needs more than sums", "use one process"
+        )
     if dist.is_initialized():
         return
     if settings.device == "cuda":
@@ -60,11 +65,11 @@ def is_first() -> bool:
 
 def mine(everyones: list[Item]) -> list[Item]:
     """This process's entries of a list with one entry per user."""
-    return everyones[index()::count()]
+    return everyones[index() :: count()]
 
 
 def select(users: list[User], numbers: list[int]) -> list[User]:
-    """The users with these numbers, as far as they belong to this process. users: all of this process."""
+    """Those of this process's users that have these numbers."""
     return [users[i // count()] for i in numbers if i % count() == index()]
 
 
@@ -103,7 +108,7 @@ class SummingServer(Server):
 
 
 class SharedFolder:
-    """A run's folder under torchrun: only the first process reads and writes it, for all of them."""
+    """A run's folder under torchrun: the first process reads and writes it, for all."""
 
     def __init__(self, settings: Settings, config: dict):
         """Raises BadInput in the first process."""

@@ -1,6 +1,6 @@
 """Everything that determines a run: one dataclass, from which the command line is derived.
 
-    python train.py --help
+python train.py --help
 """
 
 import json
@@ -17,13 +17,29 @@ from support.pretrained.base import NAMES
 from support.runs.flags import check_values, flags, refuse, setting
 from support.text.sources import BUILTIN, TABLES
 
-SCRATCH = dict(n_layer=3, n_head=4, n_embd=128)  # the shape of a model that doesn't start from a base
+SCRATCH = dict(n_layer=3, n_head=4, n_embd=128)  # the shape of a model without a base
 
-# Defaults for a small model (from scratch, or lab.pretrain's), and for one that starts from a language model.
+# Defaults for a small model (from scratch, or lab.pretrain's), and for a language model.
 SMALL_MODEL = dict(
-    batch_size=8, block_size=64, lr=6e-3, warmup=100, router_steps=5, rounds=64, eval_every=8, save_every=16)
+    batch_size=8,
+    block_size=64,
+    lr=6e-3,
+    warmup=100,
+    router_steps=5,
+    rounds=64,
+    eval_every=8,
+    save_every=16,
+)
 LANGUAGE_MODEL = dict(
-    batch_size=2, block_size=128, lr=2e-3, warmup=20, router_steps=10, rounds=10, eval_every=1, save_every=5)
+    batch_size=2,
+    block_size=128,
+    lr=2e-3,
+    warmup=20,
+    router_steps=10,
+    rounds=10,
+    eval_every=1,
+    save_every=5,
+)
 
 
 @dataclass
@@ -34,11 +50,18 @@ class Training:
     block_size: int | None = setting(None, "tokens in a window", int, low=1, high=1_000_000)
     lr: float | None = setting(None, "the experts' highest learning rate", float, above=0)
     warmup: int | None = setting(
-        None, "steps up to the highest learning rate; at most a fifth of all steps", int, low=0)
+        None, "steps up to the highest learning rate; at most a fifth of all steps", int, low=0
+    )
     weight_decay: float = setting(0.1, "AdamW's weight decay; none for routers", float, low=0)
-    n_layer: int | None = setting(None, "layers (default: 3, or those of the base)", int, low=1, high=1000)
-    n_head: int | None = setting(None, "attention heads (default: 4, or those of the base)", int, low=1)
-    n_embd: int | None = setting(None, "channels (default: 128, or those of the base)", int, low=1, high=1_000_000)
+    n_layer: int | None = setting(
+        None, "layers (default: 3, or those of the base)", int, low=1, high=1000
+    )
+    n_head: int | None = setting(
+        None, "attention heads (default: 4, or those of the base)", int, low=1
+    )
+    n_embd: int | None = setting(
+        None, "channels (default: 128, or those of the base)", int, low=1, high=1_000_000
+    )
     seed: int = setting(0, "the seed of everything that is random", int, low=0)
     device: str = setting("cpu", "cpu, cuda, cuda:1, mps, ...")
     compile: bool = setting(False, "compile the models with torch.compile", bool)
@@ -75,61 +98,122 @@ class Settings(Training):
 
     users: int = setting(4, "number of users", int, low=1, high=100_000)
     specialists: tuple[int, ...] = setting(
-        (1,), "specialist experts in a layer: one number for all users, or one for each", int, low=0, high=1000,
-        many=True)
+        (1,),
+        "specialist experts in a layer: one number for all users, or one for each",
+        int,
+        low=0,
+        high=1000,
+        many=True,
+    )
     generalists: int = setting(1, "generalist experts in a layer", int, low=0, high=1000)
     top_k: int = setting(
-        2, "experts for a token; a user with fewer uses all it has; with 1 the router can't learn", int, low=1)
+        2,
+        "experts for a token; a user with fewer uses all it has; with 1 the router can't learn",
+        int,
+        low=1,
+    )
     method: str = setting("comigs", f"a row of methods.py: {', '.join(METHODS)}", choices=METHODS)
-    set: str | None = setting(None, f"hyper-parameters of the method, if not its row's: {all_hyper()}")
+    set: str | None = setting(
+        None, f"hyper-parameters of the method, if not its row's: {all_hyper()}"
+    )
     expert: str = setting(
-        "mlp", "mlp: feed-forward blocks; lora: LoRA adapters on the base's blocks, which are frozen",
-        choices=("mlp", "lora"))
+        "mlp",
+        "mlp: feed-forward blocks; lora: LoRA adapters on the base's blocks, which are frozen",
+        choices=("mlp", "lora"),
+    )
     lora_rank: tuple[int, ...] = setting(
-        (8,), "rank of the adapters; most methods that average them need one for all users", int, low=1, high=10_000,
-        many=True)
+        (8,),
+        "rank of the adapters; most methods that average them need one for all users",
+        int,
+        low=1,
+        high=10_000,
+        many=True,
+    )
     init_from: str = setting(
-        "scratch", f"where the weights start: scratch, {', '.join(NAMES)}, a .gguf, or a file such as "
-                   "lab/pretrain.py writes")
+        "scratch",
+        f"where the weights start: scratch, {', '.join(NAMES)}, a .gguf, or a "
+        "file such as lab/pretrain.py writes",
+    )
     dtype: str = setting(
-        "auto", "type of the frozen weights and of the computation on them; auto: bfloat16 on a language model, if "
-                "the processor multiplies in it", choices=("auto", "float32", "bfloat16"))
+        "auto",
+        "type of the frozen weights and of the computation on them; auto: bfloat16 on a "
+        "language model, if the processor multiplies in it",
+        choices=("auto", "float32", "bfloat16"),
+    )
     data: str = setting(
-        "builtin", f"{', '.join(BUILTIN)}, a folder with a NAME.txt or a NAME/ for each user, or a "
-                   ".csv or .jsonl file")
+        "builtin",
+        f"{', '.join(BUILTIN)}, a folder with a NAME.txt or a NAME/ for each user, or a "
+        ".csv or .jsonl file",
+    )
     user_field: str | None = setting(None, "a table's field with the user of a row (default: user)")
     text_field: str | None = setting(None, "a table's field with the text of a row (default: text)")
-    short_users: str = setting("refuse", "what to do about users with too little text", choices=("refuse", "leave-out"))
+    short_users: str = setting(
+        "refuse", "what to do about users with too little text", choices=("refuse", "leave-out")
+    )
     target: str = setting(
-        "own", "validation and test text: the user's own, or an even mix of all users'", choices=("own", "mixed"))
+        "own",
+        "validation and test text: the user's own, or an even mix of all users'",
+        choices=("own", "mixed"),
+    )
     train_kb: tuple[float, ...] | None = setting(
-        None, f"training text in kB (default: {BUILTIN_TRAIN_KB} of builtin text, else all there is)", float, low=0.001, high=1e9, many=True)
+        None,
+        f"training text in kB (default: {BUILTIN_TRAIN_KB} of builtin text, else all)",
+        float,
+        low=0.001,
+        high=1e9,
+        many=True,
+    )
     valid_kb: tuple[float, ...] | None = setting(
-        None, "validation text in kB, from its beginning (default: all that is held out)", float, low=0.001, high=1e9,
-        many=True)
+        None,
+        "validation text in kB, from its beginning (default: all that is held out)",
+        float,
+        low=0.001,
+        high=1e9,
+        many=True,
+    )
     tokenizer: str | None = setting(
-        None, "bytes, gpt2, or that of a .gguf or of smollm2 (default: bytes, or the base's)")
+        None, "bytes, gpt2, or that of a .gguf or of smollm2 (default: bytes, or the base's)"
+    )
     experts_see: str = setting(
-        "train", "the text that trains experts: training text, or validation text as well", choices=("train", "both"))
+        "train",
+        "the text that trains experts: training text, or validation text as well",
+        choices=("train", "both"),
+    )
     router_lr: float | None = setting(
-        None, "the routers' learning rate (default: that of --lr; five times that on a language model)", float, above=0)
+        None,
+        "the routers' learning rate (default: that of --lr; five times that on a language model)",
+        float,
+        above=0,
+    )
     router_every: int = setting(30, "expert steps between two turns of the router", int, low=1)
     router_steps: int | None = setting(None, "router steps in such a turn", int, low=0)
     rounds: int | None = setting(None, "communication rounds", int, low=1)
     local_steps: int = setting(10, "expert steps of a user in a round", int, low=1)
     average: str = setting(
-        "uniform", "a user's weight in the average: the same for all, or its training tokens",
-        choices=("uniform", "tokens"))
-    participation: float = setting(1.0, "fraction of users selected in a round", float, above=0, high=1)
+        "uniform",
+        "a user's weight in the average: the same for all, or its training tokens",
+        choices=("uniform", "tokens"),
+    )
+    participation: float = setting(
+        1.0, "fraction of users selected in a round", float, above=0, high=1
+    )
     drop_rate: float = setting(
-        0.0, "probability that a selected user disappears before it uploads", float, low=0, below=1)
-    clip_update: float | None = setting(None, "largest norm of an update; longer ones are clipped", float, above=0)
+        0.0, "probability that a selected user disappears before it uploads", float, low=0, below=1
+    )
+    clip_update: float | None = setting(
+        None, "largest norm of an update; longer ones are clipped", float, above=0
+    )
     dp_noise: float = setting(
-        0.0, "noise on the average, in multiples of largest norm / number of uploads", float, low=0)
-    eval_every: int | None = setting(None, "rounds between two evaluations on validation text", int, low=1)
+        0.0, "noise on the average, in multiples of largest norm / number of uploads", float, low=0
+    )
+    eval_every: int | None = setting(
+        None, "rounds between two evaluations on validation text", int, low=1
+    )
     save_every: int | None = setting(None, "rounds between two checkpoints", int, low=1)
     out: str | None = setting(None, "folder of the run (default: a new one under out/)")
-    resume: bool = setting(False, "continue the run in --out from its checkpoint, with its settings", bool)
+    resume: bool = setting(
+        False, "continue the run in --out from its checkpoint, with its settings", bool
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -146,7 +230,7 @@ class Settings(Training):
 
     @property
     def starts_from_language_model(self) -> bool:
-        """Whether the run starts from a pretrained language model; lab.pretrain's small .pt isn't one."""
+        """Whether it starts from a pretrained language model; lab.pretrain's .pt isn't one."""
         return self.init_from != "scratch" and Path(self.init_from).suffix != ".pt"
 
     @property
@@ -157,8 +241,17 @@ class Settings(Training):
     @property
     def data_config(self) -> DataConfig:
         """Which text users have."""
-        return DataConfig(self.data, self.users, self.train_kb, self.valid_kb, self.target,
-                          self.short_users, self.user_field, self.text_field, self.block_size)
+        return DataConfig(
+            self.data,
+            self.users,
+            self.train_kb,
+            self.valid_kb,
+            self.target,
+            self.short_users,
+            self.user_field,
+            self.text_field,
+            self.block_size,
+        )
 
     @property
     def router_rate(self) -> float:
@@ -174,9 +267,11 @@ class Settings(Training):
         text = Path(self.data).resolve().name
         base = Path(self.init_from).name
         router = f"{self.top_k} for each token" if method.routed else "no router"
-        return (f"{self.method}: {method.summary}. Text: {text}, target: {self.target}. Base: {base}. "
-                f"Experts: {self.expert}, {router}. {self.rounds} rounds of {self.local_steps} steps, "
-                f"seed {self.seed}.")
+        return (
+            f"{self.method}: {method.summary}. Text: {text}, target: {self.target}. "
+            f"Base: {base}. Experts: {self.expert}, {router}. "
+            f"{self.rounds} rounds of {self.local_steps} steps, seed {self.seed}."
+        )
 
 
 def one_per_user(name: str, values: list | tuple, users: int) -> tuple:
@@ -184,7 +279,12 @@ def one_per_user(name: str, values: list | tuple, users: int) -> tuple:
     if len(values) == 1:
         return tuple(values) * users
     if len(values) != users:
-        refuse(name, values, f"{len(values)} numbers for {users} users", "expected one number, or one per user")
+        refuse(
+            name,
+            values,
+            f"{len(values)} numbers for {users} users",
+            "expected one number, or one per user",
+        )
     return tuple(values)
 
 
@@ -198,7 +298,9 @@ def parse_hyper(text: str | None) -> dict[str, float]:
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            refuse("set", text, "invalid", "expected names and numbers, such as lambda=0.1,gamma=0.9")
+            refuse(
+                "set", text, "invalid", "expected names and numbers, such as lambda=0.1,gamma=0.9"
+            )
         hyper[name.strip()] = value
     return hyper
 
@@ -208,17 +310,33 @@ def plain(settings: Training) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(settings)))
 
 
-# --- settings that don't go together; each check raises BadInput -----------------------------------------------------
+# --- settings that don't go together; each check raises BadInput ---
+
 
 def check_start(settings: Settings) -> None:
     """Experts and the base."""
     scratch = settings.init_from == "scratch"
     if settings.generalists + min(settings.specialists) == 0:
-        refuse("generalists", 0, "a user with `specialists` 0 has no expert", "use at least 1 of either")
+        refuse(
+            "generalists",
+            0,
+            "a user with `specialists` 0 has no expert",
+            "use at least 1 of either",
+        )
     if settings.expert == "lora" and scratch:
-        refuse("expert", "lora", "needs a base, and `init_from` scratch has none", "use `init_from` smollm2, or a file")
+        refuse(
+            "expert",
+            "lora",
+            "needs a base, and `init_from` scratch has none",
+            "use `init_from` smollm2, or a file",
+        )
     if settings.expert != "lora" and settings.dtype == "bfloat16":
-        refuse("dtype", "bfloat16", "is for frozen weights, and there are none", "use `expert` lora, or leave it out")
+        refuse(
+            "dtype",
+            "bfloat16",
+            "is for frozen weights, and there are none",
+            "use `expert` lora, or leave it out",
+        )
     if settings.n_layer and not scratch:
         refuse("n_layer", settings.n_layer, "the base has its own", "leave it out")
     if settings.n_embd and not scratch:
@@ -245,7 +363,12 @@ def check_noise(settings: Settings) -> None:
     if settings.average != "uniform":
         refuse("dp_noise", noise, "needs equal weights", "use `average` uniform")
     if settings.target == "mixed":
-        refuse("dp_noise", noise, "doesn't hide text that trains other users' routers", "use `target` own")
+        refuse(
+            "dp_noise",
+            noise,
+            "doesn't hide text that trains other users' routers",
+            "use `target` own",
+        )
     if settings.users == 1:
         refuse("dp_noise", noise, "hides a user among others", "use `users` 2 or more")
 
@@ -276,5 +399,9 @@ def check_method(settings: Settings) -> None:
     if settings.dp_noise and method.roles == OWN:
         refuse("method", name, "averages nothing", "leave `dp_noise` out")
     if settings.dp_noise and GENERALIST in method.roles.values() and sizes_differ:
-        refuse("method", name, "averages experts that not all users have",
-               "with `dp_noise` use one number of `specialists` for all")
+        refuse(
+            "method",
+            name,
+            "averages experts that not all users have",
+            "with `dp_noise` use one number of `specialists` for all",
+        )

@@ -28,8 +28,12 @@ def starting_point(settings: Settings) -> Base:
 
 def refuse_tokenizer(settings: Settings, name: str) -> None:
     """Raises BadInput."""
-    refuse("tokenizer", name, f"not the tokenizer that `init_from` {settings.init_from} was trained with",
-           "use the other one")
+    refuse(
+        "tokenizer",
+        name,
+        f"not the tokenizer that `init_from` {settings.init_from} was trained with",
+        "use the other one",
+    )
 
 
 def blank(settings: Training, tokenizer: str) -> Base:
@@ -39,14 +43,15 @@ def blank(settings: Training, tokenizer: str) -> Base:
         value = getattr(settings, name)
         shape[name] = default if value is None else value
     if shape["n_embd"] % shape["n_head"] != 0:
-        raise BadInput(f"`n_embd` {shape['n_embd']}: not divisible by `n_head` {shape['n_head']}; change one of them")
+        C, H = shape["n_embd"], shape["n_head"]
+        raise BadInput(f"`n_embd` {C}: not divisible by `n_head` {H}; change one of them")
     encoding = data.tokenizer(tokenizer)
     config = {"vocab_size": encoding.n_vocab, "block_size": settings.block_size, **shape}
     return Base("scratch", "", {}, config, tokenizer, encoding)
 
 
 def dtype_of(settings: Settings) -> str:
-    """The dtype of the frozen weights: for `auto`, bfloat16 on a language model if that is faster."""
+    """The dtype of frozen weights: for `auto`, bfloat16 on a language model if that is faster."""
     if settings.dtype != "auto":
         return settings.dtype
     frozen = settings.expert == "lora" and settings.starts_from_language_model

@@ -1,6 +1,6 @@
 """A guard around the server: it refuses broken uploads, clips updates and adds noise.
 
-    server = Guard(Server(generalists), bound=1.0, noise=0.5, generator=torch.Generator())
+server = Guard(Server(generalists), bound=1.0, noise=0.5, generator=torch.Generator())
 """
 
 import secrets
@@ -44,7 +44,7 @@ def clip(upload: Message, held: Message, bound: float) -> Message:
     squares = 0
     for name, tensor in upload.items():
         squares = squares + (tensor - held[name]).square().sum()
-    norm = (squares ** 0.5).item()
+    norm = (squares**0.5).item()
     factor = min(1.0, bound / max(norm, 1e-12))
     return {name: torch.lerp(held[name], tensor, factor) for name, tensor in upload.items()}
 
@@ -55,8 +55,8 @@ def system_normal(shape: torch.Size) -> Tensor:
     √2 · erf⁻¹(2u − 1), where u is uniform on (0, 1) and has 52 random bits.
     """
     bits = np.frombuffer(secrets.token_bytes(8 * shape.numel()), np.uint64) >> 12
-    uniform = torch.from_numpy((bits + 0.5) / 2 ** 51 - 1)  # on (−1, 1)
-    return 2 ** 0.5 * torch.erfinv(uniform).view(shape)
+    uniform = torch.from_numpy((bits + 0.5) / 2**51 - 1)  # on (−1, 1)
+    return 2**0.5 * torch.erfinv(uniform).view(shape)
 
 
 class Guard:
@@ -68,8 +68,13 @@ class Guard:
     generator: draws the noise; without one, the operating system does.
     """
 
-    def __init__(self, server: Server, bound: float | None = None, noise: float = 0.0,
-                 generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        server: Server,
+        bound: float | None = None,
+        noise: float = 0.0,
+        generator: torch.Generator | None = None,
+    ):
         self.server = server
         self.bound = bound
         self.noise = noise

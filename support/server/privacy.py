@@ -1,7 +1,7 @@
 """The (ε, δ)-differential privacy that clipping and noise guarantee, computed by dp-accounting.
 
-    pip install dp-accounting
-    python train.py --users 100 --participation 0.1 --clip-update 1 --dp-noise 4
+pip install dp-accounting
+python train.py --users 100 --participation 0.1 --clip-update 1 --dp-noise 4
 """
 
 LARGE_DELTA = 0.01  # δ is the probability that the guarantee fails; above this it says little
@@ -15,6 +15,7 @@ def epsilon(noise: float, rounds: int, users: int, selected: int, delta: float) 
     """
     from dp_accounting import GaussianDpEvent, NeighboringRelation, SampledWithoutReplacementDpEvent
     from dp_accounting.rdp import RdpAccountant
+
     # Another update moves the sum by up to two bounds, from −C to C.
     event = GaussianDpEvent(noise / 2)
     if selected < users:
@@ -32,7 +33,7 @@ def guarantee(noise: float, users: int, selected: int, rounds: int, complete: bo
     """
     if not noise:
         return {}
-    delta = users ** -1.1
+    delta = users**-1.1
     found, reason = None, None
     if complete:
         try:
@@ -48,8 +49,10 @@ def sentence(privacy: dict) -> str:
     """A guarantee, to be printed."""
     if privacy["epsilon"] is None:
         return f"privacy: no ε ({privacy['why']})"
-    text = ("privacy of a user, from those who see the averages only: "
-            f"ε = {privacy['epsilon']:.3g} at δ = {privacy['delta']:.2g}")
+    text = (
+        "privacy of a user, from those who see the averages only: "
+        f"ε = {privacy['epsilon']:.3g} at δ = {privacy['delta']:.2g}"
+    )
     if privacy["delta"] > LARGE_DELTA:
         text += "; worth little, with so large a δ"
     return text

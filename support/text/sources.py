@@ -60,8 +60,14 @@ def pretraining_documents() -> Iterator[str]:
 
     No user holds them: the manual, copies of what is in setuptools, and tests are left out.
     """
-    without = ("site-packages/", "dist-packages/", "pydoc_data/", "distutils/", "importlib/",
-               "test")
+    without = (
+        "site-packages/",
+        "dist-packages/",
+        "pydoc_data/",
+        "distutils/",
+        "importlib/",
+        "test",
+    )
     library = package_files("ast", "**/*.py", without)  # the folder of the standard library
     numpy = package_files("numpy", "**/*.py", without=("test",))
     return excerpts(sorted([*library, *numpy], key=fixed_order))
@@ -76,8 +82,10 @@ def package_folder(package: str) -> Path:
     """The folder of an installed package, which is not imported. Raises BadInput."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        remedies = {"torchgen": "pip install torch",
-                    "pydoc_data": "install the whole standard library of Python"}
+        remedies = {
+            "torchgen": "pip install torch",
+            "pydoc_data": "install the whole standard library of Python",
+        }
         remedy = remedies.get(package, f"pip install {package}")
         raise BadInput(f"`data` builtin: the package {package} is missing; {remedy}")
     return Path(spec.origin).parent
@@ -103,6 +111,7 @@ def manual() -> Iterator[str]:
     """Python's reference manual: each topic is a document."""
     package_folder("pydoc_data")  # refuses if it is missing
     from pydoc_data.topics import topics
+
     for name in sorted(topics, key=fixed_order):
         yield topics[name]
 
@@ -119,6 +128,7 @@ def excerpts(documents: Iterable[str]) -> Iterator[str]:
 
 # --- folders and tables ----------------------------------------------------------------
 
+
 def read(source: str, user_field: str = "user", text_field: str = "text") -> Iterator[Document]:
     """The documents of a folder or a table. Raises BadInput, OSError."""
     path = Path(source)
@@ -127,10 +137,14 @@ def read(source: str, user_field: str = "user", text_field: str = "text") -> Ite
     if path.suffix in TABLES and path.is_file():
         return read_table(path, user_field, text_field)
     if path.stem in PREPARED:
-        raise BadInput(f"`data` {source}: no such folder or table; python -m lab.prepare "
-                       f"{path.stem} makes {PREPARED[path.stem]}")
-    raise BadInput(f"`data` {source}: not a folder, .csv or .jsonl file; expected one, or one of "
-                   f"{', '.join(BUILTIN)}")
+        raise BadInput(
+            f"`data` {source}: no such folder or table; python -m lab.prepare "
+            f"{path.stem} makes {PREPARED[path.stem]}"
+        )
+    raise BadInput(
+        f"`data` {source}: not a folder, .csv or .jsonl file; expected one, or one of "
+        f"{', '.join(BUILTIN)}"
+    )
 
 
 def read_folder(root: Path) -> Iterator[Document]:
@@ -172,8 +186,10 @@ def has_splits(folder: Path) -> bool:
     holds only some of them."""
     found = [split for split in SPLITS if (folder / f"{split}.txt").is_file()]
     if found and len(found) < len(SPLITS):
-        raise BadInput(f"`data` {folder}: holds {found[0]}.txt, but not all of train.txt, "
-                       "valid.txt and test.txt; expected all three or none")
+        raise BadInput(
+            f"`data` {folder}: holds {found[0]}.txt, but not all of train.txt, "
+            "valid.txt and test.txt; expected all three or none"
+        )
     return bool(found)
 
 
@@ -190,8 +206,10 @@ def check_name(name: object, place: str) -> None:
     shape = r"(?! )[^./\\][^/\\]{0,99}(?<! )"
     valid = isinstance(name, str | int) and str(name).isprintable()
     if not valid or not re.fullmatch(shape, str(name)):
-        raise BadInput(f"{place}: {str(name)[:40]!r} can't be a user's name; expected at most 100 "
-                       "characters, without slashes and without a leading dot")
+        raise BadInput(
+            f"{place}: {str(name)[:40]!r} can't be a user's name; expected at most 100 "
+            "characters, without slashes and without a leading dot"
+        )
 
 
 def read_table(path: Path, user_field: str, text_field: str) -> Iterator[Document]:
@@ -205,8 +223,9 @@ def read_table(path: Path, user_field: str, text_field: str) -> Iterator[Documen
         yield Document(str(user), text, split if split in SPLITS else "")
 
 
-def rows(path: Path, columns: tuple[str, ...] | None = None,
-         flag: str = "data") -> Iterator[tuple[str, dict]]:
+def rows(
+    path: Path, columns: tuple[str, ...] | None = None, flag: str = "data"
+) -> Iterator[tuple[str, dict]]:
     """The rows of a table, each with its place, for messages. Raises BadInput, OSError.
 
     columns: names of the columns of a .csv file without a header. flag: whose value the path is.
@@ -220,8 +239,9 @@ def rows(path: Path, columns: tuple[str, ...] | None = None,
     except UnicodeDecodeError:
         raise BadInput(f"`{flag}` {path}: not UTF-8 after row {number}; convert it") from None
     except (csv.Error, ValueError, RecursionError) as error:
-        raise BadInput(f"`{flag}` {path}: row {number + 1} isn't valid {path.suffix} ({error}); "
-                       "correct it") from None
+        raise BadInput(
+            f"`{flag}` {path}: row {number + 1} isn't valid {path.suffix} ({error}); correct it"
+        ) from None
 
 
 def csv_rows(path: Path, columns: tuple[str, ...] | None) -> Iterator[dict]:
@@ -249,8 +269,9 @@ def field_of(row: dict, name: str, place: str, remedy: str) -> object:
     except KeyError as error:
         fields = ", ".join(map(str, row)) if isinstance(row, dict) else "no fields"
         fields = " ".join(fields.split())  # in one line
-        raise BadInput(f"{place}: has no field {error.args[0]} but {fields[:200]}; "
-                       f"{remedy}") from None
+        raise BadInput(
+            f"{place}: has no field {error.args[0]} but {fields[:200]}; {remedy}"
+        ) from None
 
 
 def nested(row: dict, name: str) -> object:

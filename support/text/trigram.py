@@ -47,7 +47,7 @@ def ngrams(tokens: np.ndarray, n: int, vocab_size: int) -> np.ndarray:
     numbers = np.zeros(len(tokens) - 1, np.int64)
     for k in range(n):
         start = 3 - n + k
-        part = padded[start:start + len(numbers)]
+        part = padded[start : start + len(numbers)]
         numbers = numbers * vocab_size + part
     return numbers
 
