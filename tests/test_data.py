@@ -1,4 +1,4 @@
-"""Users, splits, tokens and batches: no document is in two splits or held by two users. And the trigram."""
+"""Users, splits, tokens and batches: no document is in two splits or held by two users."""
 
 import hashlib
 import itertools

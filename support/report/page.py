@@ -35,8 +35,14 @@ FREQUENT = 5  # a favourite occurs at least so often in a text
 HARDLY_EVER = 0.01  # mean gate below which a token is no favourite
 
 
-def of_run(folder: Path, path: Path, title: str, texts: list[Text],
-           users: list[TrainedUser], tokenizer: tiktoken.Encoding) -> None:
+def of_run(
+    folder: Path,
+    path: Path,
+    title: str,
+    texts: list[Text],
+    users: list[TrainedUser],
+    tokenizer: tiktoken.Encoding,
+) -> None:
     """Write the page of the run in `folder` to `path`.
 
     texts, users: users[i] is evaluated on texts[i]. The page shows test text if the run
@@ -76,12 +82,19 @@ def inert(content: dict) -> str:
 
 # --- perplexities ------------------------------------------------------------------------
 
+
 def progress_of_result(result: dict) -> list[dict]:
     """Each user's test perplexity before and after training, and that of its trigram model."""
     rows = []
     for user in result["users"]:
-        rows.append({"name": user["name"], "before": user["test_ppl_start"],
-                     "after": user["test_ppl"], "trigram": user["trigram_ppl"]})
+        rows.append(
+            {
+                "name": user["name"],
+                "before": user["test_ppl_start"],
+                "after": user["test_ppl"],
+                "trigram": user["trigram_ppl"],
+            }
+        )
     return rows
 
 
@@ -92,8 +105,14 @@ def progress_of_metrics(metrics: list[dict], users: int) -> list[dict]:
     """
     rows = []
     for first, last in zip(metrics[:users], metrics[-users:], strict=True):
-        rows.append({"name": first["user"], "before": math.exp(first["valid_loss"]),
-                     "after": math.exp(last["valid_loss"]), "trigram": None})
+        rows.append(
+            {
+                "name": first["user"],
+                "before": math.exp(first["valid_loss"]),
+                "after": math.exp(last["valid_loss"]),
+                "trigram": None,
+            }
+        )
     return rows
 
 
@@ -108,8 +127,10 @@ def headline(progress: list[dict], users: list[TrainedUser], rounds: int, ended:
     when = f"for {counted(rounds, 'round')}"
     split = "test" if ended else "validation"
     number = len(progress)
-    parts = [f"{counted(number, 'user')} learned {manner(users)} {when}: mean {split} "
-             f"perplexity {before:.1f}\xa0→\xa0{after:.2f}"]
+    parts = [
+        f"{counted(number, 'user')} learned {manner(users)} {when}: mean {split} "
+        f"perplexity {before:.1f}\xa0→\xa0{after:.2f}"
+    ]
     if ended:
         better = sum(row["after"] < row["trigram"] for row in progress)
         parts.append(f"{better} of {number} beat a trigram model of their training text")
@@ -135,19 +156,33 @@ def manner(users: list[TrainedUser]) -> str:
 
 # --- texts, tokens and gates --------------------------------------------------------------
 
+
 def sample(user: TrainedUser, prompt: np.ndarray, tokenizer: tiktoken.Encoding) -> dict:
     """The likeliest continuation of a prompt (n,) by a user's model."""
     idx = torch.from_numpy(prompt.astype(np.int64))[None].to(user.model.device)  # (1, n)
-    new = stream(user.model, idx, NEW_TOKENS, temperature=0, vocabulary=tokenizer.n_vocab,
-                 fixed_gates=user.fixed_gates)
+    new = stream(
+        user.model,
+        idx,
+        NEW_TOKENS,
+        temperature=0,
+        vocabulary=tokenizer.n_vocab,
+        fixed_gates=user.fixed_gates,
+    )
     tokens = prompt.tolist() + [token.item() for token in new]
     pieces = list(decode(tokens, tokenizer))
-    return {"name": user.name, "prompt": "".join(pieces[1:len(prompt)]),  # without the mark
-            "continuation": "".join(pieces[len(prompt):])}
+    return {
+        "name": user.name,
+        "prompt": "".join(pieces[1 : len(prompt)]),  # without the mark
+        "continuation": "".join(pieces[len(prompt) :]),
+    }
 
 
-def own_views(names: list[str], tokens: list[np.ndarray], users: list[TrainedUser],
-              tokenizer: tiktoken.Encoding) -> list[dict]:
+def own_views(
+    names: list[str],
+    tokens: list[np.ndarray],
+    users: list[TrainedUser],
+    tokenizer: tiktoken.Encoding,
+) -> list[dict]:
     """Each user's own text, read by its model."""
     views = []
     for name, text, user in zip(names, tokens, users, strict=True):
@@ -155,8 +190,12 @@ def own_views(names: list[str], tokens: list[np.ndarray], users: list[TrainedUse
     return views
 
 
-def same_views(names: list[str], tokens: list[np.ndarray], users: list[TrainedUser],
-               tokenizer: tiktoken.Encoding) -> list[dict]:
+def same_views(
+    names: list[str],
+    tokens: list[np.ndarray],
+    users: list[TrainedUser],
+    tokenizer: tiktoken.Encoding,
+) -> list[dict]:
     """A text made of all users' texts, read by each model; none if they share one text."""
     if all(np.array_equal(text, tokens[0]) for text in tokens):
         return []
@@ -167,8 +206,9 @@ def same_views(names: list[str], tokens: list[np.ndarray], users: list[TrainedUs
     return views
 
 
-def view(name: str, tokens: np.ndarray, user: TrainedUser, tokenizer: tiktoken.Encoding,
-         shown: int) -> dict:
+def view(
+    name: str, tokens: np.ndarray, user: TrainedUser, tokenizer: tiktoken.Encoding, shown: int
+) -> dict:
     """A text (n,) and how a user's model routes it. `shown` tokens are on the page."""
     tokens = tokens[:TOKENS_READ]
     gates = gates_of(user, tokens)  # (L, n - 1, E): the last token is only a target
@@ -187,8 +227,7 @@ def view(name: str, tokens: np.ndarray, user: TrainedUser, tokenizer: tiktoken.E
     }
 
 
-def decode(tokens: Iterable[int], tokenizer: tiktoken.Encoding,
-           end: str = "\n‖") -> Iterator[str]:
+def decode(tokens: Iterable[int], tokenizer: tiktoken.Encoding, end: str = "\n‖") -> Iterator[str]:
     """The text of each token. A character of several tokens comes with the last of them.
 
     end: the text of the token between documents; without its blanks at the beginning.
@@ -219,8 +258,9 @@ def gates_of(user: TrainedUser, tokens: np.ndarray) -> np.ndarray:
     return torch.cat(parts, dim=1).float().cpu().numpy()
 
 
-def perplexity(user: TrainedUser, tokens: np.ndarray,
-               fixed_gates: torch.Tensor | None = None) -> float:
+def perplexity(
+    user: TrainedUser, tokens: np.ndarray, fixed_gates: torch.Tensor | None = None
+) -> float:
     """The perplexity of a user's model on a text (n,). fixed_gates (L, E): replace its own."""
     if fixed_gates is None:
         fixed_gates = user.fixed_gates
@@ -228,8 +268,9 @@ def perplexity(user: TrainedUser, tokens: np.ndarray,
     return math.exp(loss)
 
 
-def routed_and_mean_perplexity(user: TrainedUser, tokens: np.ndarray,
-                               gates: np.ndarray) -> tuple[float, float] | None:
+def routed_and_mean_perplexity(
+    user: TrainedUser, tokens: np.ndarray, gates: np.ndarray
+) -> tuple[float, float] | None:
     """The perplexity as routed, and with the same mean gates for every token.
 
     gates: those of gates_of. None if the model has no routers.
@@ -247,7 +288,8 @@ def favourites(pieces: list[str], gates: np.ndarray) -> list[list[list[tuple[str
     """
     layers, _, experts = gates.shape
     names, indices, counts = np.unique(
-        np.array(pieces, dtype=object), return_inverse=True, return_counts=True)
+        np.array(pieces, dtype=object), return_inverse=True, return_counts=True
+    )
     totals = np.zeros((len(names), layers, experts))
     np.add.at(totals, indices, gates.transpose(1, 0, 2))
     frequent = counts >= FREQUENT

@@ -124,8 +124,10 @@ class SharedFolder:
         state = dict(state)
         for name in ("users", "initial_losses"):
             state[name] = gather(state[name])
-        refused = gather([state["server"]["refused"]])
-        state["server"] = state["server"] | {"refused": sum(refused, [])}
+        refused = []
+        for of_process in gather([state["server"]["refused"]]):
+            refused += of_process
+        state["server"] = state["server"] | {"refused": refused}
         if self.folder is not None:
             self.folder.save(state)
 
