@@ -9,11 +9,11 @@ The problem of the paper is bi-level:
 
 - Θ* is not the argmin. A few steps on Θ are followed by a few steps on φ, and so on.
 - The router's gradient holds Θ fixed. The dependence of Θ* on φ (the hypergradient) is dropped, so
-  what remains is alternating minimization of two losses: where it stops, each level is at a minimum
-  given the other, which need not be the minimum of the bi-level problem.
+  what remains is alternating minimization of two losses. It stops where each level is at a minimum
+  given the other. That point need not solve the bi-level problem.
 - θ^G is common to all users, and the sum over users is replaced by averaging (federated.py).
 
-A "step" on either level is an AdamW step. Its moments stay with the user, also when the server's
+A "step" on either level is an AdamW step. Its moments stay on the device, even when the server's
 average replaces the parameters.
 
 A level owns its parameters, its stream of batches and its optimizer. Its step differentiates with
@@ -59,7 +59,7 @@ class Level:
     """One level: its parameters, the batches that train them, AdamW and a learning-rate schedule.
 
     hyper: the method's hyper-parameters, by name.
-    memory: what a method remembers here between steps, by name; checkpoints save it.
+    memory: a method's state between steps, by name. Checkpoints save it.
     """
 
     def __init__(
@@ -96,7 +96,10 @@ class Level:
         return loss.detach()
 
     def objective(self, model: GPT, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss to report, and the objective to descend, to which a method may add terms."""
+        """The loss, which is reported, and the objective, which is descended.
+
+        A method may add terms to the objective.
+        """
         _, loss = model(idx, targets)
         return loss, loss
 
@@ -105,7 +108,7 @@ class Level:
         objective.backward(inputs=self.parameters)
 
     def state(self) -> dict:
-        """Everything that the next steps depend on, besides the parameters."""
+        """The state of the level, without its parameters."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -150,7 +153,7 @@ def evaluate(
 ) -> tuple[float, Tensor]:
     """Mean cross-entropy over all targets, in nats, and the mean gate of every expert, (L, E).
 
-    fixed_gates (L, E): weights for every token, instead of the routers'.
+    fixed_gates (L, E): gates for every token, which replace the routers'.
     """
     total_loss, total_gates, count = 0.0, 0.0, 0
     for idx, targets in batches:

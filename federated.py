@@ -1,4 +1,4 @@
-"""The federation: users who train, and a server that averages what they have in common.
+"""The federation: users who train, and a server that averages their generalists.
 
 One kind of message passes between a user and the server: a dictionary of generalist tensors by
 name. Text, batches, specialists, routers, gradients and optimizer states stay in `User`. (If the
@@ -19,7 +19,7 @@ Message = dict[str, Tensor]  # generalist tensors by name
 
 
 def size_of(message: Message) -> int:
-    """Bytes that a message has on the wire."""
+    """The size of a message, in bytes."""
     return sum(tensor.nbytes for tensor in message.values())
 
 
@@ -29,7 +29,7 @@ class User:
     weight: in the server's average. hyper, memory: as in bilevel.Level.
     """
 
-    fixed_gates: Tensor | None = None  # (L, E), used instead of the router's; only rivals set them
+    fixed_gates: Tensor | None = None  # (L, E), which replace the router's; only rivals set them
 
     def __init__(
         self,
@@ -76,14 +76,14 @@ class User:
         return alternate(self.model, self.lower, self.upper, rhythm).item()
 
     def upload(self) -> Message:
-        """θ_i^G, which is all that leaves the device."""
+        """θ_i^G. Nothing else leaves the device."""
         generalists = self.model.having(GENERALIST)
         message = {name: parameter.detach().clone() for name, parameter in generalists.items()}
         self.bytes_up += size_of(message)
         return message
 
     def before_evaluation(self) -> None:
-        """Prepare the model for being evaluated. Only a rival does something here."""
+        """Prepare the model for evaluation. Only rivals override this."""
 
 
 def average(messages: list[Message], weights: list[float]) -> Message:
@@ -122,14 +122,14 @@ class Server:
         return {name: self.generalists[name] for name in shapes}
 
     def aggregate(self, uploads: dict[User, Message]) -> int:
-        """θ^G ← the average of θ_i^G, if there are any. Returns how many it averaged."""
+        """θ^G ← the average of the uploads, if there are any. Returns their number."""
         if uploads:
             weights = [user.weight for user in uploads]
             self.generalists |= self.merge(list(uploads.values()), weights)
         return len(uploads)
 
     def merge(self, messages: list[Message], weights: list[float]) -> Message:
-        """One message out of the users'. Rivals merge in other ways."""
+        """Merge the users' messages into one. Rivals override this."""
         return average(messages, weights)
 
 

@@ -2,8 +2,8 @@
 
     python -m pytest tests/test_model.py
 
-An expert of a pretrained model is not a feed-forward block of its own but a low-rank change of the
-model's, which is frozen and common to all experts. `LoRAExperts` is their mixture.
+On a pretrained model, an expert is a low-rank change of the model's feed-forward block. The block
+is frozen, and all experts share it. `LoRAExperts` is their mixture.
 
 Shapes: N tokens, C channels, E experts of rank r, k of them selected for a token.
 """
@@ -40,14 +40,14 @@ class LoRALinear(nn.Linear):
         self.adapters = nn.ModuleList(adapters)
 
     def stacked_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """All adapters' s·A, stacked (E·r, n_in), and their B, side by side (n_out, E·r)."""
+        """The factors of all adapters: s·A stacked to (E·r, n_in), B side by side (n_out, E·r)."""
         A = torch.cat([adapter.lora_A for adapter in self.adapters])
         B = torch.cat([adapter.lora_B for adapter in self.adapters], dim=1)
         rank = len(A) // len(self.adapters)
         return (lora_scale(rank) * A).to(dtype), B.to(dtype)
 
     def frozen(self, x: Tensor) -> Tensor:
-        """W x + b."""
+        """W x + b, without the adapters."""
         return super().forward(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class LoRALinear(nn.Linear):
 class LoRAExperts(nn.Module):
     """E low-rank changes of one frozen feed-forward block, and their mixture: an optimization.
 
-    Expert e is the block with its e-th adapters. Separate experts, as in `MLPExperts`, would apply
+    Expert e is the block with the e-th adapters. Separate experts, as in `MLPExperts`, would apply
     the frozen matrices U (up) and D (down) once per selected expert. Here each is applied once per
     token, because U x is common to all experts and D is linear:
 
@@ -105,7 +105,7 @@ class LoRAExperts(nn.Module):
         if down_proj.bias is None:
             y = F.linear(hidden, down_proj.weight)  # (N, C)
         else:
-            bias = gates.sum(1, keepdim=True) * down_proj.bias  # (N, C); gates may not sum to 1
+            bias = gates.sum(1, keepdim=True) * down_proj.bias  # (N, C); gates need not sum to 1
             y = torch.addmm(bias, hidden, down_proj.weight.t())
         return torch.addmm(y, low, B.t())
 

@@ -1,4 +1,4 @@
-"""CoMiGS, its ablations and its rivals: one row each of METHODS.
+"""CoMiGS, its ablations and its rivals. Each is a row of METHODS.
 
     python train.py --method fedavg
 
@@ -43,8 +43,7 @@ class LeakyLevel(Level):
 class Method:
     """A row of METHODS.
 
-    The flags that a run accepts follow from `needs`, `sizes` and `clippable`
-    (support/runs/settings.py).
+    `needs`, `sizes` and `clippable` decide which flags a run accepts (support/runs/settings.py).
     """
 
     summary: str

@@ -1,12 +1,11 @@
 """The network: a GPT-2 or a Llama in which every feed-forward block is a top-k mixture of experts.
 
-Read it from top to bottom: the configuration, LoRA, attention, the router, the experts, the
-mixture, the block, the GPT. Nothing here knows about users, rounds or levels. The model only says
-which role each of its parameters has.
+Read it from top to bottom: configuration, attention, experts, router, mixture, block, GPT. Nothing
+here knows about users, rounds or levels. The model only says which role each parameter has.
 
     python -m pytest tests/test_model.py
 
-Shapes, as trailing comments give them:
+Shapes in trailing comments:
     B sequences of T tokens, N = B·T tokens in all; C channels; H query heads and K key/value heads
     of D channels; L layers; E experts in a layer, k of them selected for a token; r LoRA rank;
     V vocabulary size
@@ -41,8 +40,8 @@ class GPTConfig:
     n_layer: int = 3
     n_head: int = 4
     n_embd: int = 128
-    # Differences between a GPT-2 (the defaults) and a Llama:
-    n_kv_head: int | None = None  # key/value heads, shared by the query heads; None: n_head
+    # The defaults make a GPT-2, other values of these fields a Llama:
+    n_kv_head: int | None = None  # key/value heads, which query heads share (None: n_head)
     n_hidden: int | None = None  # channels inside a feed-forward block; None: 4 n_embd
     feed_forward: str = "gelu"  # "gelu"; "gelu-tanh", GPT-2's approximation; "swiglu", Llama's
     norm: str = "layer"  # a key of NORMS
@@ -54,13 +53,13 @@ class GPTConfig:
     # The mixture of experts:
     generalists: int = 1  # G, the first experts of every layer
     specialists: int = 1  # S, the other experts
-    top_k: int = 2  # k; a model with fewer experts uses all of them
-    routed: bool = True  # False: there is no router, and every expert has the weight 1/E
+    top_k: int = 2  # k; a model with fewer experts uses all of its experts
+    routed: bool = True  # False: no router; every expert has the weight 1/E
     expert: str = "mlp"  # or "lora": adapters of one frozen feed-forward block (lora.py)
     lora_rank: int = 8  # r, with "lora"
-    roles: dict[str, str] = field(default_factory=dict)  # a method's: {"specialist": "generalist"},
-    # or {"lora_A": "backbone"} for one factor of every adapter
-    dtype: str = "float32"  # or "bfloat16", of frozen weights; trained weights are float32
+    roles: dict[str, str] = field(default_factory=dict)  # a method's changes, such as
+    # {"specialist": "generalist"}, or {"lora_A": "backbone"} for one factor of every adapter
+    dtype: str = "float32"  # of frozen weights: float32 or bfloat16; trained weights are float32
     use_kernels: bool = True  # use support/kernels.py where it is faster than the code in this file
 
     def __post_init__(self):
@@ -73,7 +72,7 @@ class GPTConfig:
         if self.dtype == "bfloat16" and self.expert != "lora":
             raise ValueError("dtype bfloat16 applies to frozen weights: it needs expert lora")
         if self.n_experts < 1:
-            raise ValueError("a layer needs an expert: generalists + specialists is 0")
+            raise ValueError("generalists + specialists is 0; a layer needs an expert")
         for name, role in self.roles.items():
             if name not in (*ROLES, "lora_A", "lora_B"):
                 raise ValueError(f"roles: {name} is neither a role nor a LoRA factor")
@@ -82,7 +81,7 @@ class GPTConfig:
 
     @property
     def n_experts(self) -> int:
-        """E = G + S."""
+        """E = G + S, the number of experts in a layer."""
         return self.generalists + self.specialists
 
     @property
@@ -92,7 +91,7 @@ class GPTConfig:
 
     @property
     def expert_roles(self) -> list[str]:
-        """The role of each expert of a layer, with the method's changes."""
+        """The role of each expert of a layer, after the method's changes."""
         return [self.roles.get(kind, kind) for kind in self.expert_kinds]
 
     @property
@@ -121,7 +120,7 @@ def norm(config: GPTConfig) -> nn.Module:
 
 
 def linear(n_in: int, n_out: int, config: GPTConfig, adapter_roles: list[str]) -> nn.Linear:
-    """A linear map. If experts are LoRA adapters, a frozen one with adapters of these roles."""
+    """A linear map; with LoRA experts, a frozen one with an adapter for each of these roles."""
     if config.expert == "lora":
         return LoRALinear(n_in, n_out, config.bias, config.lora_rank, adapter_roles)
     return nn.Linear(n_in, n_out, config.bias)
@@ -155,7 +154,7 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √D) v. The last of T queries sees all S keys, each one before it one less.
+    """softmax(q kᵀ / √D) v. The last of T queries sees all S keys, the one before it S − 1, ...
 
     q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). With a cache, T is less than S.
     """
@@ -182,7 +181,7 @@ class Attention(nn.Module):
         self.out_proj = linear(config.n_embd, config.n_embd, config, [GENERALIST])
 
     def forward(self, x: Tensor, rope: Tensor | None = None, kv_cache=None) -> Tensor:
-        """kv_cache: this layer's (support/sampling.py); its tokens come before those of x."""
+        """kv_cache: keys and values of earlier tokens in this layer (support/sampling.py)."""
         B, T, C = x.shape
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.D))  # (B, T, H + 2K, D)
         q, k, v = qkv.split((self.H, self.K, self.K), dim=2)
@@ -242,7 +241,7 @@ class Expert(nn.Module):
 
 
 class Routing(NamedTuple):
-    """The experts that each token goes to, and their weights. If k = E, experts are in order."""
+    """The selected experts of each token, and their gates. If k = E, experts are in order."""
 
     gates: Tensor  # (N, k)
     selected: Tensor  # (N, k), indices of experts
@@ -250,13 +249,13 @@ class Routing(NamedTuple):
 
 
 def to_all(gates: Tensor, logits: Tensor | None = None) -> Routing:
-    """Send every token to all experts: gates (N, E)."""
+    """The routing of tokens that all use all experts: gates (N, E)."""
     selected = torch.arange(gates.shape[1], device=gates.device).expand_as(gates)
     return Routing(gates, selected, logits)
 
 
 class Router(nn.Module):
-    """φ: a linear map that selects k experts for each token and weighs them: (N, C) -> Routing."""
+    """φ: a linear map that selects and weighs k experts for each token: (N, C) -> Routing."""
 
     role = ROUTER
 
@@ -320,7 +319,7 @@ class MoE(nn.Module):
         return y.view_as(x), routing
 
     def route(self, tokens: Tensor, fixed_gates: Tensor | None) -> Routing:
-        """fixed_gates (E,): weights for every token, instead of the router's."""
+        """fixed_gates (E,): gates for every token, which replace the router's."""
         if fixed_gates is None and self.router is not None:
             return self.router(tokens)
         if fixed_gates is None:
@@ -338,13 +337,7 @@ class Block(nn.Module):
         self.moe_norm = norm(config)
         self.moe = MoE(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Tensor | None = None,
-        fixed_gates: Tensor | None = None,
-        kv_cache=None,
-    ) -> tuple[Tensor, Routing]:
+    def forward(self, x, rope=None, fixed_gates=None, kv_cache=None) -> tuple[Tensor, Routing]:
         x = x + self.attention(self.attention_norm(x), rope, kv_cache)
         y, routing = self.moe(self.moe_norm(x), fixed_gates)
         return x + y, routing
@@ -358,20 +351,16 @@ class GPT(nn.Module):
 
     idx, targets: (B, T) token numbers, with T at most `block_size`.
     generator: draws the initial weights that aren't pretrained.
-    pretrained: tensors by the names that they have in a GPT without a mixture (`plain_name`).
-        Frozen parameters share their memory with these tensors, so that several models on one base
-        hold it once; trained parameters are copies.
+    pretrained: name -> tensor, by the names in a GPT without a mixture (`plain_name`). Frozen
+        parameters share the tensors' memory, so that all models of a base share one copy of it.
     """
 
     def __init__(
-        self,
-        config: GPTConfig,
-        generator: torch.Generator | None = None,
-        pretrained: dict[str, Tensor] | None = None,
+        self, config: GPTConfig, generator: torch.Generator | None = None, pretrained=None
     ):
         super().__init__()
         self.config = config
-        with torch.device("meta"):  # shapes only; `initialize` brings the numbers
+        with torch.device("meta"):  # shapes only; `initialize` sets the values
             self.token_embedding = embedding(config.vocab_size, config)
             self.position_embedding = None
             if config.rotary_base is None:
@@ -387,7 +376,7 @@ class GPT(nn.Module):
     def from_pretrained(
         cls, name_or_file: str | Path, generator: torch.Generator | None = None, **overrides
     ) -> "GPT":
-        """A model that starts as smollm2, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a file.
+        """Load smollm2, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a file.
 
         overrides: fields of GPTConfig, such as expert="lora". The first logits are the base's.
         Raises ValueError, one line.
@@ -400,8 +389,6 @@ class GPT(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.token_embedding.weight.device
-
-    # --- parameters and roles ---
 
     @staticmethod
     def plain_name(name: str) -> str:
@@ -439,12 +426,12 @@ class GPT(nn.Module):
         if name.endswith("lora_A"):
             return torch.empty(shape).uniform_(-1, 1, generator=generator) / shape[1] ** 0.5
         std = 0.02
-        if name.endswith(("out_proj.weight", "down_proj.weight")):
-            std = 0.02 / (2 * self.config.n_layer) ** 0.5  # they write into the residual stream
+        if name.endswith(("out_proj.weight", "down_proj.weight")):  # into the residual stream
+            std /= (2 * self.config.n_layer) ** 0.5
         return torch.empty(shape).normal_(0, std, generator=generator)
 
     def find_roles(self) -> dict[str, str]:
-        """Map every parameter's name to its one role: that of the innermost module around it."""
+        """Every parameter's name -> its one role, that of the innermost module that contains it."""
         changes = self.config.roles
         roles = {}
         for prefix, module in self.named_modules():  # outer modules come before inner ones
@@ -461,18 +448,14 @@ class GPT(nn.Module):
         return {name: p for name, p in self.named_parameters() if self.roles[name] in roles}
 
     def parameters_to_save(self) -> dict[str, nn.Parameter]:
-        """The parameters that the base doesn't hold, by name."""
+        """The parameters that aren't the base's, by name."""
         return {name: p for name, p in self.named_parameters() if name not in self.borrowed}
 
-    # --- from tokens to logits and loss ---
-
-    def trunk(
-        self, idx: Tensor, fixed_gates: Tensor | None = None, kv_cache=None
-    ) -> tuple[Tensor, list[Routing]]:
+    def trunk(self, idx, fixed_gates=None, kv_cache=None) -> tuple[Tensor, list[Routing]]:
         """Everything below the head: (B, T) -> hidden states (B, T, C) and each layer's routing.
 
-        fixed_gates (L, E): weights for every token, instead of the routers'.
-        kv_cache: a support.sampling.KVCache; the tokens of idx follow those in it, and join them.
+        fixed_gates (L, E): gates for every token, which replace the routers'.
+        kv_cache: a support.sampling.KVCache. The tokens of idx follow those in it and are added.
         """
         start = 0 if kv_cache is None else kv_cache.length
         end = start + idx.shape[1]
@@ -496,7 +479,7 @@ class GPT(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, C)."""
+        """The weight of the language-model head, (V, C)."""
         return self.token_embedding.weight if self.lm_head is None else self.lm_head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -510,9 +493,7 @@ class GPT(nn.Module):
             return kernels.linear_cross_entropy(hidden, self.head_weight, targets)
         return F.cross_entropy(at_least_float32(self.logits(hidden)), targets)
 
-    def forward(
-        self, idx: Tensor, targets: Tensor | None = None, fixed_gates: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def forward(self, idx, targets=None, fixed_gates=None) -> tuple[Tensor | None, Tensor | None]:
         hidden, _ = self.trunk(idx, fixed_gates)
         if targets is None:
             return self.logits(hidden), None

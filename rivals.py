@@ -1,6 +1,6 @@
 """The parts of rival methods that a row of methods.METHODS can't express, with their equations.
 
-A part is a subclass of `Level` (a term beside the loss), of `User` (what a device does with the
+A part is a subclass of `Level` (a term added to the loss), of `User` (what a device does with the
 message it receives, or before its model is used) or of `Server` (how it merges messages).
 """
 
@@ -56,7 +56,7 @@ class BalancedLevel(Level):
 
 
 def gates_by_kind(config: GPTConfig, generalist_weight: float) -> Tensor:
-    """Gates (L, E) that generalists share evenly, and specialists.
+    """Gates (L, E), equal for all generalists and equal for all specialists.
 
     generalist_weight: the sum of the generalists' gates; the specialists' sum to the rest of 1.
     """
@@ -104,7 +104,7 @@ class FDLoRAUser(JudgingUser):
 
 
 class PCLServer(Server):
-    """Stacks all users' generalists, and sends all of them to every user. Weights don't count."""
+    """Stacks all users' generalists, and sends all of them to every user, whatever the weights."""
 
     def __init__(self, generalists: Message, hyper: dict[str, float] | None = None):
         super().__init__(self.merge([generalists], [1]), hyper)
@@ -120,7 +120,7 @@ class PCLServer(Server):
 class PCLUser(JudgingUser):
     """θ_i = Σ_j w_ij θ_j, with w_ij = softmax_j(−perplexity of θ_j on user i's validation text).
 
-    Everything is computed on the device. The price is that users see each other's generalists.
+    Everything is computed on the device. Users therefore see each other's generalists.
     """
 
     @torch.no_grad()
@@ -149,14 +149,14 @@ def adapters_in(message: Message) -> list[str]:
 
 
 def fit(matrix: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A matrix cut or zero-padded at its ends to a shape."""
+    """Cut or zero-pad a matrix to a shape."""
     rows, columns = shape
     matrix = matrix[:rows, :columns]
     return F.pad(matrix, (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))
 
 
 def hetlora_average(messages: list[Message], weights: list[float]) -> Message:
-    """HetLoRA's sparsity-weighted average (Cho et al. 2024, section 3), for each adapter by itself:
+    """HetLoRA's sparsity-weighted average (Cho et al. 2024, section 3), for each adapter:
 
     Ā = Σ_i p_i pad(A_i),    B̄ = Σ_i p_i pad(B_i),    p_i = w_i ‖B_i A_i‖ / Σ_j w_j ‖B_j A_j‖
     """
@@ -181,7 +181,7 @@ def hetlora_average(messages: list[Message], weights: list[float]) -> Message:
 class HetLoRAServer(Server):
     """Averages zero-padded factors, and cuts them to each user's ranks.
 
-    The scales α/√r don't count, as in its paper.
+    It ignores the scales α/√r, as its paper does.
     """
 
     def merge(self, messages: list[Message], weights: list[float]) -> Message:
@@ -226,7 +226,7 @@ class HetLoRALevel(Level):
 
 
 class HetLoRAUser(User):
-    """Self-pruning: if the tail is smaller after a round than before it, it is cut off for good."""
+    """Self-pruning: if the tail is smaller after a round than before it, it is removed."""
 
     def local_update(self, rhythm: Rhythm) -> float:
         gamma = self.hyper["gamma"]
@@ -277,7 +277,7 @@ def flexlora_average(messages: list[Message], weights: list[float]) -> Message:
 
 
 class FlexLoRAServer(HetLoRAServer):
-    """Averages products, and sends each user their best approximation of its rank.
+    """Averages products, and sends each user the best approximation of that user's rank.
 
     Users keep their optimizers' moments, as in all methods, although the factors of each round
     have a new basis.
