@@ -16,13 +16,13 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _somewhere_else(tmp_path, monkeypatch):
-    """What a test writes where it stands, such as out/cache, is its own."""
+    """Each test has a working directory of its own."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def corpus(tmp_path):
-    """A folder of three users, of whom one has twice as much text."""
+    """A folder `text` of three users, one of whom has twice as much text."""
     for i, name in enumerate(("anna", "bert", "cleo")):
         (tmp_path / "text").mkdir(exist_ok=True)
         (tmp_path / "text" / f"{name}.txt").write_text(words(i, 3000 * (1 + i // 2)))
@@ -31,7 +31,7 @@ def corpus(tmp_path):
 
 @pytest.fixture(scope="session")
 def tiny_base():
-    """What to torch.save as a base of 1 layer of 16 channels and windows of 8 bytes, with random weights."""
+    """A base to torch.save: 1 layer, 16 channels, windows of 8 bytes, random weights."""
     config = GPTConfig(257, 8, 1, 2, 16, specialists=0, routed=False)
     model = GPT(config, torch.Generator().manual_seed(0))
     return pack(model, "bytes")
@@ -42,13 +42,16 @@ def tiny_base():
 
 def words(seed: int, size: int) -> str:
     """About `size` bytes of made-up words that differ from seed to seed."""
-    numbers = torch.randint(10 ** 6, (size // 7,), generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(10**6, (size // 7,), generator=generator).tolist()
     return " ".join(f"{number:06d}" for number in numbers)
 
 
 SHAPE = "--n-layer 1 --n-head 2 --n-embd 8"
-SCHEDULE = ("--users 3 --specialists 0,1,3 --block-size 8 --batch-size 2 --rounds 3 --local-steps 2 --router-every 2 "
-            "--router-steps 1 --warmup 1 --eval-every 2 --save-every 2")
+SCHEDULE = (
+    "--users 3 --specialists 0,1,3 --block-size 8 --batch-size 2 --rounds 3 --local-steps 2 "
+    "--router-every 2 --router-steps 1 --warmup 1 --eval-every 2 --save-every 2"
+)
 TINY = f"{SHAPE} {SCHEDULE}".split()
 NAMES = ("anna", "bert", "cleo")
 
@@ -60,13 +63,13 @@ def text_and_base(corpus, tiny_base):
 
 
 def command(more: str = "", out: str = "run", lora: bool = False) -> list[str]:
-    """A tiny run's, from scratch, or with low-rank experts on a base. Of equal flags the last one counts."""
+    """The flags of a tiny run, from scratch or with LoRA experts. Later flags win."""
     start = "--init-from base.pt --expert lora" if lora else SHAPE
     return f"{start} {SCHEDULE} --data text --out {out} {more}".split()
 
 
 def run(more: str = "", out: str = "run", lora: bool = False) -> dict:
-    """Runs it; what is then in result.json."""
+    """Run train.py. Returns its result.json."""
     assert train.main(command(more, out, lora)) == 0
     return json.loads(Path(out, "result.json").read_text())
 
@@ -82,7 +85,7 @@ def refusal(capsys, arguments: list[str], main=train.main) -> str:
     assert main(arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    line, = printed.err.splitlines()
+    (line,) = printed.err.splitlines()
     return line
 
 
@@ -92,4 +95,6 @@ def state(out: str = "run") -> dict:
 
 def same(one: object, two: object) -> bool:
     """Bit for bit."""
-    return json.dumps(one, default=torch.Tensor.tolist) == json.dumps(two, default=torch.Tensor.tolist)
+    return json.dumps(one, default=torch.Tensor.tolist) == json.dumps(
+        two, default=torch.Tensor.tolist
+    )

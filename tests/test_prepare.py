@@ -68,7 +68,7 @@ def test_what_is_there_isnt_replaced_and_nothing_is_left_of_a_failure(news, caps
     assert "exists" in refusal(capsys, f"agnews --source {news}")
     assert Path("agnews.jsonl").read_text() == "precious"
     assert "nowhere.csv" in refusal(capsys, "agnews --source nowhere.csv --out new.jsonl")
-    assert not list(Path().glob("new*"))
+    assert not list(Path().glob("new.*"))
 
 
 @pytest.mark.parametrize(
