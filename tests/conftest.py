@@ -57,6 +57,12 @@ NAMES = ("anna", "bert", "cleo")
 
 
 @pytest.fixture
+def no_report(monkeypatch):
+    """Runs don't write page.html, which takes as long as a tiny run."""
+    monkeypatch.setattr(train.Run, "write_page", lambda run: None)
+
+
+@pytest.fixture
 def text_and_base(corpus, tiny_base):
     """A folder `text` and a tiny base `base.pt`, where a test stands."""
     torch.save(tiny_base, "base.pt")

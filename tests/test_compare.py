@@ -20,9 +20,8 @@ SHORT = f"{' '.join(TINY)} --rounds 1 --specialists 1 --data text"
 
 
 @pytest.fixture
-def compared(corpus, monkeypatch):
+def compared(corpus, no_report, monkeypatch):
     """Run compare.py on the tiny corpus, without reports. Returns its exit status."""
-    monkeypatch.setattr(train.Run, "write_page", lambda run: None)
 
     def run(more: str = "") -> int:
         command = f"compare.py --methods comigs,local --seeds 2 --out out {SHORT} {more}"

@@ -25,6 +25,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from flower import device, server, try_it
 
+pytestmark = pytest.mark.flower
+
 ROOT = Path(__file__).parent.parent
 FLAGS = (
     "--specialists 1,2,4 --rounds 4 --average tokens --participation 0.7 --eval-every 2 --lr 1e-2"
@@ -317,7 +319,6 @@ def test_a_folder_has_one_server_and_one_run():
         devices.server_run()
 
 
-@pytest.mark.network
 def test_a_network_on_this_machine_gives_the_results_of_train_and_leaves_no_process():
     flags = "--users 2 --specialists 1 --rounds 1"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -143,6 +143,7 @@ def smollm2():
         pytest.skip(OPTIONAL)
 
 
+@pytest.mark.slow
 def test_smollm2_equals_hugging_faces(smollm2, monkeypatch):
     transformers = pytest.importorskip("transformers", reason=ORACLE)
     gguf = smollm2.gguf
@@ -173,6 +174,7 @@ def test_models_share_the_frozen_weights_which_alone_have_the_dtype(dtype):
         assert parameter.dtype == (getattr(torch, dtype) if is_frozen else torch.float32)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_file_learns_alike_in_both_dtypes_and_its_models_write_text(corpus, capsys):
     write()
     n_weights = sum(weight.numel() for weight in random_weights().values())

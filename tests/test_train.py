@@ -24,14 +24,15 @@ from support.runs.settings import Settings
 from support.server import privacy
 from support.text.trigram import trigram_loss
 
-pytestmark = pytest.mark.usefixtures("text_and_base")
+pytestmark = pytest.mark.usefixtures("text_and_base", "no_report")
 
 # --- what a run writes
 
 
 def test_a_run_writes_its_result(capsys):
     result = run()
-    assert {path.name for path in Path("run").iterdir()} == {*folder.FILES, "lock"}
+    files = {path.name for path in Path("run").iterdir()}
+    assert files | {"page.html"} == {*folder.FILES, "lock"}
     assert result["method"] == "comigs"
     assert result["rounds"] == 3
     assert result["refused"] == 0
