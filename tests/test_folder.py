@@ -220,7 +220,7 @@ def test_ctrl_c_ends_after_the_round_and_a_second_one_at_once(signals, rounds, m
 
 def test_a_run_that_is_killed_for_real_is_resumed():
     """kill -9, once it has a checkpoint with some rounds."""
-    flags = f"{RUN} --rounds 20"
+    flags = f"{RUN} --rounds 10"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, train.__file__, *command(flags, "cut")]
     process = subprocess.Popen(arguments, env=environment, stderr=subprocess.DEVNULL)
