@@ -25,7 +25,7 @@ from support.text.sources import BUILTIN, SPLITS
 TRAIN, VALID, TEST = SPLITS
 HELD_OUT = {TEST: 32_000, VALID: 16_000}  # bytes; at most a tenth each in folders and tables
 DOCUMENT = 1_000_000  # bytes; longer documents are running text, which is cut into splits
-BUILTIN_TRAIN_KB = 40  # private text is scarce, and a run should be short
+BUILTIN_TRAIN_KB = 40  # as private text is scarce, and runs should be short
 EVERYTHING = 1 << 62  # bytes
 
 
@@ -45,7 +45,7 @@ class DataConfig:
 
     @property
     def train_bytes(self) -> list[int]:
-        """How much training text each user is to have."""
+        """The size of each user's training text."""
         if self.train_kb:
             return [round(1000 * kb) for kb in self.train_kb]
         default = 1000 * BUILTIN_TRAIN_KB if self.data in BUILTIN else EVERYTHING
@@ -159,7 +159,7 @@ def choose_users(config: DataConfig, tokenizer: tiktoken.Encoding) -> dict[str, 
 
 def read_users(config: DataConfig) -> dict[str, Splits]:
     """The documents of each user of a folder or table, by the split that the source decides;
-    those that it does not decide are under "". Blank ones are left out."""
+    those that it does not decide are under "". Blank documents are left out."""
     user_field = config.user_field or "user"
     text_field = config.text_field or "text"
     users = {}
@@ -191,7 +191,7 @@ def split_documents(documents: list[str], train_bytes: int) -> Splits:
 
 
 def digest(document: str) -> int:
-    """A sort key: an arbitrary order that depends on each document alone."""
+    """A sort key: an arbitrary order that doesn't depend on other documents."""
     raw = hashlib.blake2b(document.encode(), digest_size=8).digest()
     return int.from_bytes(raw, "little")
 
@@ -201,7 +201,8 @@ def cut(text: str, sizes: dict[str, int]) -> Splits:
     rest = text.encode()
     splits = {}
     for split, size in sizes.items():
-        splits[split] = [rest[:size].decode(errors="ignore")]  # no half character
+        start = rest[:size].decode(errors="ignore")  # without a character that was cut in half
+        splits[split] = [start]
         rest = rest[size:]
     return splits
 
@@ -304,7 +305,7 @@ def load(config: DataConfig, tokenizer: tiktoken.Encoding) -> list[Text]:
 def encode_users(
     config: DataConfig, users: dict[str, Splits], tokenizer: tiktoken.Encoding
 ) -> list[Text]:
-    """The text of each user, of whom these are the documents. Raises BadInput."""
+    """The text of each user, from its documents. Raises BadInput."""
     texts = []
     for (name, splits), size in zip(users.items(), config.train_bytes, strict=True):
         text = encode_user(name, splits, tokenizer)
@@ -374,7 +375,7 @@ def seeded(*key: object) -> torch.Generator:
 
 
 def joined(text: Text, splits: tuple[str, ...]) -> np.ndarray:
-    """These splits of a text, end to end."""
+    """Concatenate these splits of a text."""
     return np.concatenate([getattr(text, split) for split in splits])
 
 
@@ -418,7 +419,7 @@ class RandomWindows:
         return windows[:, :-1], windows[:, 1:]
 
     def state(self) -> list[Tensor]:
-        """What the next batches depend on, besides the texts."""
+        """The state of the batches, without the texts."""
         return [generator.get_state() for generator in self.generators]
 
     def load(self, state: list[Tensor]) -> None:

@@ -73,7 +73,7 @@ def build_model(
 
 
 def build_largest(settings: Settings, base: Base, owner: str) -> GPT:
-    """A model that is as large as the largest of the users', such as the server's."""
+    """The server's model, as large as the largest user's."""
     return build_model(settings, base, max(settings.specialists), max(settings.lora_rank), owner)
 
 
@@ -93,7 +93,7 @@ def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> 
     method = METHODS[settings.method]
 
     rounds = settings.rounds * selected_per_round(settings) / number_of_clients(settings)
-    steps = max(1, round(rounds)) * settings.local_steps  # the number that a user can expect
+    steps = max(1, round(rounds)) * settings.local_steps  # that a user can expect
     schedule = cosine(steps, min(settings.warmup, steps // 5))
     splits = ("train", "valid") if settings.experts_see == "both" else ("train",)
     batches = build_batches(settings, texts, splits, "train")
@@ -274,7 +274,7 @@ class Run:
     def broadcast(self, counted: bool) -> None:
         """Set all users' generalists to the server's, to evaluate them.
 
-        counted: whether this is a message, as it is after the last round. In between, the
+        counted: whether the download counts as a message; only the last one does. In between, the
         simulation also evaluates users who don't take part in the next round.
         """
         for user in self.users:

@@ -41,7 +41,7 @@ class Refusal(BadInput):
 
 
 def config_of_text(settings: Settings, number: int, path: str) -> DataConfig:
-    """How user `number` reads its text."""
+    """The data settings of user `number`."""
     config = replace(settings.data_config, users=1, data=path)
     if settings.train_kb:
         config = replace(config, train_kb=(settings.train_kb[number],))

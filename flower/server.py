@@ -183,7 +183,8 @@ class ServerRun:
         missing = [name for name in self.names if name not in replies]
         if len(missing) == len(self.names):
             raise BadInput(
-                "no device replied to the evaluation; start this run again when devices are there"
+                "no device replied to the evaluation; start this run again when devices are "
+                "connected"
             )
         if missing:
             print(f"the result is without {', '.join(missing)}: no reply", flush=True)
@@ -317,7 +318,7 @@ class Nodes:
         return replies
 
     def push(self, node: int, content: RecordDict, number: int, end: float) -> str | None:
-        """Send a message, which expires when the round ends. Returns its id, if it worked."""
+        """Send a message, which expires when the round ends. Returns its id, or None."""
         seconds = end - time.monotonic() + self.pause
         message = FlowerMessage(content, node, MessageType.TRAIN, group_id=str(number), ttl=seconds)
         ids = list(self.grid.push_messages([message]))

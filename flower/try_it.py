@@ -70,7 +70,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def wait_for_port(port: int, process: subprocess.Popen) -> None:
-    """Wait until something listens on a port, or until the process that should do so has ended."""
+    """Wait until something listens on a port, or until the process that should listen has ended."""
     while process.poll() is None:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:

@@ -1,4 +1,4 @@
-"""Speed of training steps, as ratios. Steps alternate in one run, so that noise hits all alike.
+"""Speed of training steps, as ratios. Steps alternate in one run, so that noise affects both sides.
 
     python -m lab.bench            the default step and the machine's matmul rate: a few seconds
     python -m lab.bench smollm2    SmolLM2 with LoRA experts: bfloat16 and float32, 2 and 9 experts,
@@ -26,7 +26,7 @@ from support.errors import optional
 from support.runs.command_line import run_command
 from support.runs.start import check_device
 
-DEFAULT = GPTConfig(vocab_size=257)  # the model of train.py, whose batches have 8 windows
+DEFAULT = GPTConfig(vocab_size=257)  # train.py's default model and batch size
 MATRIX = 1024  # rows and columns of the multiplied matrices
 MATRIX_GPU = 8192
 PRODUCTS = 10  # in one timing
@@ -35,7 +35,7 @@ SMOLLM2_BLOCK = 128
 
 
 def timings(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, Tensor]:
-    """Seconds that each work takes, by name: (repeats,) each. The works alternate."""
+    """Seconds of each function's calls, by name: (repeats,) each. The calls alternate."""
     seconds = {name: [] for name in works}
     for turn in range(repeats + 1):
         for name, work in works.items():
@@ -55,7 +55,7 @@ def quartiles(values: Tensor) -> str:
 
 
 def random_batches(vocab_size: int, shape: tuple[int, int], device: str) -> Iterator[Batch]:
-    """The same random inputs and targets, (B, T) each, without end."""
+    """The same random inputs and targets, (B, T) each, forever."""
     idx = torch.randint(vocab_size, shape, device=device)
     targets = torch.randint(vocab_size, shape, device=device)
     return itertools.repeat((idx, targets))
@@ -75,7 +75,7 @@ def expert_step(model: GPT, batch_size: int) -> Callable[[], Tensor]:
 def step_operations(config: GPTConfig, batch_size: int) -> int:
     """Operations that a training step of a GPT-2 with MLP experts needs, two for each multiply-add.
 
-    The forward pass needs as many as the gradients of activations, and as those of weights.
+    The forward pass and the gradients of activations and of weights need the same number each.
     """
     C, n_hidden, T = config.n_embd, config.n_hidden, config.block_size
     attention = 4 * C * C  # the projections to q, k and v, and the one after
@@ -88,7 +88,7 @@ def step_operations(config: GPTConfig, batch_size: int) -> int:
 
 
 def bench_default(device: str, repeats: int = 30) -> None:
-    """Print the default step's share of the rate at which this machine multiplies matrices."""
+    """Print the default step's speed as a share of the machine's matmul rate."""
     batch_size = 8
     n = MATRIX if device == "cpu" else MATRIX_GPU
     a = torch.randn(n, n, device=device)
@@ -119,7 +119,7 @@ class PeftLevel(Level):
 
 
 def peft_step(dtype: str, device: str) -> Callable[[], Tensor]:
-    """A step of SmolLM2 with one LoRA of peft's on every matrix, of our rank. Raises BadInput."""
+    """A step of SmolLM2 with one peft LoRA of the same rank on every matrix. Raises BadInput."""
     remedy = "pip install -r requirements-dev.txt"
     peft = optional("peft", "smollm2", remedy)
     transformers = optional("transformers", "smollm2", remedy)

@@ -37,7 +37,7 @@ class Player(doctest.DocTestRunner):
 def play(page: str) -> int:
     """Run a page's examples in order, and show the whole page. Returns how many outputs differ."""
     player = Player(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
-    names = {}  # what the examples define
+    names = {}  # names that the examples define
     for part in doctest.DocTestParser().parse(page):
         if isinstance(part, str):
             print(part, end="")

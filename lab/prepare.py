@@ -67,7 +67,7 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A table of documents, and what decides whose a document is."""
+    """A table of documents, and the field that names a document's user."""
 
     address: str  # of a .csv file; or a data set of Hugging Face's hub
     user_field: str
@@ -158,7 +158,7 @@ def documents(name: str, settings: Preparation) -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def local_copy(source: str) -> Iterator[Path]:
-    """The path of a file, which is downloaded first if this is its address. Raises BadInput."""
+    """The path of a file, downloaded first if `source` is an address. Raises BadInput."""
     if "://" not in source:
         yield Path(source)
         return
@@ -174,14 +174,14 @@ def local_copy(source: str) -> Iterator[Path]:
 
 
 def stream(source: str, configuration: str | None = None) -> Rows:
-    """The rows of a data set of the hub, or of a folder like one. Raises BadInput."""
+    """The rows of a data set of the hub, or of a local copy. Raises BadInput."""
     remedy = "pip install datasets, or pass a .csv or .jsonl file with `source`"
     datasets = optional("datasets", source, remedy)
     try:
         table = datasets.load_dataset(source, configuration, split="train", streaming=True)
         for row in table:
             yield f"`source` {source}", {**row, CONFIGURATION: configuration}
-    except Exception as error:  # its many back ends raise all kinds
+    except Exception as error:  # its back ends raise many kinds of errors
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise BadInput(
             f"`source` {source}: can't be read ({reason[:200]}); try again, or pass a copy"
@@ -243,7 +243,7 @@ class Section(HTMLParser):
     def __init__(self, page: str):
         super().__init__()
         self.parts = []
-        self.skipped = []  # tags that are open around what is not text
+        self.skipped = []  # open tags whose content is not text
         self.preformatted = 0  # how many <pre> are open
         self.feed(page)
         text = re.sub(r"[ \t]+\n", "\n", "".join(self.parts))

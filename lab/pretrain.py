@@ -37,7 +37,7 @@ class Pretraining(Training):
 
 
 def pretrain(settings: Pretraining) -> None:
-    """Train, write base.pt and print how good it is. Raises BadInput."""
+    """Train, write base.pt and print its bits per byte. Raises BadInput."""
     path = Path(settings.out, "base.pt")
     if path.exists() and not settings.overwrite:
         raise BadInput(

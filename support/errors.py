@@ -5,7 +5,7 @@ from types import ModuleType
 
 
 class BadInput(ValueError):
-    """One line: the setting and its value, the problem, a remedy. Settings stand in backticks:
+    """One line: the setting and its value, the problem, a remedy. Settings are in backticks:
 
         `train_kb` 0: invalid; expected a number of at least 0.001
 

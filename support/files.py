@@ -47,7 +47,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The entries of a .jsonl file; none if there is no file. Raises OSError, ValueError."""
+    """The entries of a .jsonl file; [] if there is no file. Raises OSError, ValueError."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()

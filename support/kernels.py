@@ -44,7 +44,7 @@ def has_attention_for(q: Tensor) -> bool:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √D) v. The last of T queries sees all S keys, each one before it one less.
+    """softmax(q kᵀ / √D) v. The last of T queries sees all S keys, the one before it S − 1, ...
 
     q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
     """

@@ -24,7 +24,7 @@ class LayerCache:
         self.values = None
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of new tokens. Returns all keys and values so far."""
+        """Append the keys and values of new tokens. Returns all keys and values so far."""
         if self.keys is not None:
             keys = torch.cat((self.keys, keys), dim=2)
             values = torch.cat((self.values, values), dim=2)
@@ -41,7 +41,7 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens in the cache."""
+        """The number of tokens in the cache."""
         keys = self.layers[0].keys
         return 0 if keys is None else keys.shape[2]
 
@@ -73,7 +73,7 @@ def stream(
     """
     block_size = model.config.block_size
     half = (block_size + 1) // 2
-    start = 0  # where the text that the model sees begins
+    start = 0  # the start of the window
     kv_cache = KVCache(model.config.n_layer)
     unread = idx  # (B, t), tokens that aren't in the cache
     for _ in range(n):

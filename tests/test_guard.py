@@ -49,7 +49,7 @@ def test_an_upload_with_a_broken_tensor_is_refused_and_the_others_are_averaged(b
 def test_an_upload_without_the_right_tensors_is_refused(upload):
     guard = Guard(Server(HELD))
     assert aggregate(guard, upload) == 0
-    assert guard.refused == [("user0", "not the tensors that are wanted")]
+    assert guard.refused == [("user0", "not the tensors that the server expects")]
 
 
 @pytest.mark.parametrize(("factor", "bound", "left"), [(1, 2.5, 0.5), (1e6, 2.5, 0.5), (1, 5.1, 1)])

@@ -26,7 +26,7 @@ NAMES = (SMOLLM2, *gpt2.NAMES)
 
 @dataclass
 class Base:
-    """Where models start: a pretrained model or, without tensors, only a shape."""
+    """The start of a run's models: a pretrained model, or only a shape, without tensors."""
 
     name: str  # or path
     sha256: str  # of the file

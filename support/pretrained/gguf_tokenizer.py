@@ -35,7 +35,7 @@ def load_tokenizer(name: str, flag: str) -> tiktoken.Encoding:
 def build_tokenizer(file: GGUFFile) -> tiktoken.Encoding:
     """A file's tokenizer. If it has no token END, the token that begins a text becomes END.
 
-    A token's number is used as its rank among the merges, which is so for SmolLM2 and Llama 3.
+    A token's number is used as its rank among the merges. This is right for SmolLM2 and Llama 3.
     Raises BadInput.
     """
     pre_tokenizer = file.fields.get("tokenizer.ggml.pre")

@@ -58,7 +58,7 @@ def transposed(name: str, tensor: Tensor) -> Tensor:
 
 
 def pack(model: nn.Module, tokenizer: str) -> dict:
-    """What to torch.save of a dense model.GPT, for `GPT2File` to read.
+    """The content of a file of a dense model.GPT, which `GPT2File` reads.
 
     tokenizer: its name for data.tokenizer
     """
@@ -79,7 +79,7 @@ class GPT2File:
     """A file of GPT-2's tensors, read into memory. Raises BadInput.
 
     name: one of NAMES, or a path
-    config: fields of model.GPTConfig; n_head is None if the file doesn't say
+    config: fields of model.GPTConfig; n_head is None if the file doesn't have it
     sources: see `sources_of`
     tokenizer: its name for data.tokenizer, or None
     """

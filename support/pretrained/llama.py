@@ -73,7 +73,7 @@ class LlamaFile(GGUFFile):
         if ROPE_FACTORS not in self.tensors:
             return None
         factors = self.read(ROPE_FACTORS)
-        del self.tensors[ROPE_FACTORS]  # it is no parameter
+        del self.tensors[ROPE_FACTORS]  # not a parameter of the model
         if factors.shape != (n_pairs,) or not (factors > 0).all():
             raise self.bad(f"{ROPE_FACTORS} doesn't hold {n_pairs} positive factors")
         return factors.tolist()

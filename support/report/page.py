@@ -25,14 +25,14 @@ from support.sampling import stream
 
 TEMPLATE = Path(__file__).with_name("page.html")
 USERS_SHOWN = 8
-TOKENS_SHOWN = 800  # of a user's own text
+TOKENS_SHOWN = 800  # of a user's text
 TOKENS_SHARED = 150  # of each user's text in the text that all models read
 TOKENS_READ = 4000  # of a text, for favourites and perplexities
 PROMPT_TOKENS = 20
 NEW_TOKENS = 60  # that each model adds to the prompt
 FAVOURITES = 10  # tokens listed for an expert
-FREQUENT = 5  # a favourite occurs at least so often in a text
-HARDLY_EVER = 0.01  # mean gate below which a token is no favourite
+FREQUENT = 5  # minimum number of occurrences of a favourite
+HARDLY_EVER = 0.01  # minimum mean gate of a favourite
 
 
 def of_run(
@@ -158,7 +158,7 @@ def manner(users: list[TrainedUser]) -> str:
 
 
 def sample(user: TrainedUser, prompt: np.ndarray, tokenizer: tiktoken.Encoding) -> dict:
-    """The likeliest continuation of a prompt (n,) by a user's model."""
+    """The most likely continuation of a prompt (n,) by a user's model."""
     idx = torch.from_numpy(prompt.astype(np.int64))[None].to(user.model.device)  # (1, n)
     new = stream(
         user.model,
@@ -183,7 +183,7 @@ def own_views(
     users: list[TrainedUser],
     tokenizer: tiktoken.Encoding,
 ) -> list[dict]:
-    """Each user's own text, read by its model."""
+    """Each user's text, with the gates of its model."""
     views = []
     for name, text, user in zip(names, tokens, users, strict=True):
         views.append(view(name, text, user, tokenizer, TOKENS_SHOWN))
@@ -230,7 +230,7 @@ def view(
 def decode(tokens: Iterable[int], tokenizer: tiktoken.Encoding, end: str = "\n‖") -> Iterator[str]:
     """The text of each token. A character of several tokens comes with the last of them.
 
-    end: the text of the token between documents; without its blanks at the beginning.
+    end: the text of the token between documents; without leading blanks.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for number, token in enumerate(tokens):
@@ -261,7 +261,7 @@ def gates_of(user: TrainedUser, tokens: np.ndarray) -> np.ndarray:
 def perplexity(
     user: TrainedUser, tokens: np.ndarray, fixed_gates: torch.Tensor | None = None
 ) -> float:
-    """The perplexity of a user's model on a text (n,). fixed_gates (L, E): replace its own."""
+    """The perplexity of a user's model on a text (n,), with its own or with fixed gates."""
     if fixed_gates is None:
         fixed_gates = user.fixed_gates
     loss, _ = evaluate(user.model, windows(tokens, user.model), fixed_gates)
@@ -271,7 +271,7 @@ def perplexity(
 def routed_and_mean_perplexity(
     user: TrainedUser, tokens: np.ndarray, gates: np.ndarray
 ) -> tuple[float, float] | None:
-    """The perplexity as routed, and with the same mean gates for every token.
+    """The perplexity with the router's gates, and with the mean gates for every token.
 
     gates: those of gates_of. None if the model has no routers.
     """

@@ -59,7 +59,7 @@ def restore_level(level: Level | None, state: dict | None) -> None:
 
 
 def restore_user(user: User, state: dict) -> None:
-    """Set a user to a state."""
+    """Restore a user from a state."""
     restore_model(user.model, state)
     for name, parameter in user.model.parameters_to_save().items():
         parameter.grad = state["gradients"].get(name)

@@ -44,7 +44,7 @@ def heading(name: str, kind: type) -> str:
 
 
 def placeholder(flag: Flag) -> str:
-    """What --help prints in the place of a flag's value."""
+    """The placeholder of a flag's value in --help."""
     if flag.many:
         return "LIST"
     if flag.choices and len(flag.choices) < 6:
@@ -85,7 +85,7 @@ def parser_of(kind: type) -> Parser:
 
 
 def parse_known(arguments: list[str] | None, kind: type) -> tuple[dict[str, Any], list[str]]:
-    """The settings of a kind that a command line has, by name, and all other arguments.
+    """Split a command line into settings, by name, and all other arguments.
 
     arguments: None for those of this process. Raises BadInput.
     """
@@ -156,7 +156,7 @@ def as_flags(message: str) -> str:
 
 
 def run_command(command: str, work: Callable[[], object], if_stopped: str) -> int:
-    """Do the work of a command.
+    """Run a command.
 
     Returns its exit status: 0, 2 after bad input, 130 if the user stopped it. Mistakes in the
     program are tracebacks.

@@ -17,7 +17,7 @@ from support.runs.settings import Settings
 from support.server.privacy import sentence
 from support.text.trigram import trigram_loss
 
-DIVERGED = 100.0  # nats; a uniform guess has less than 11, with GPT-2's vocabulary
+DIVERGED = 100.0  # nats; a uniform guess has a loss below 11 with GPT-2's vocabulary
 CURVE_TOKENS = 2048  # tokens of a user's validation text for one point of its curve
 
 
@@ -46,7 +46,7 @@ def check_loss(settings: Settings, user: User, loss: float) -> None:
 def evaluate_user(
     settings: Settings, user: User, batches: Iterator[Batch]
 ) -> tuple[float, list[float]]:
-    """The loss in nats, and each layer's mean gate of its generalists together. Raises Diverged."""
+    """The loss in nats, and the sum of the generalists' mean gates by layer. Raises Diverged."""
     loss, gates = evaluate(user.model, batches, user.fixed_gates)  # gates: (L, E)
     check_loss(settings, user, loss)
     generalist = [role == GENERALIST for role in user.model.config.expert_roles]

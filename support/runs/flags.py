@@ -17,7 +17,7 @@ from support.errors import BadInput
 
 @dataclass(frozen=True)
 class Flag:
-    """What a setting means, and the values that it allows."""
+    """The help text and the allowed values of a setting."""
 
     help: str
     kind: type = str
@@ -96,7 +96,7 @@ def check_values(settings: Any) -> None:
 
 
 def as_text(value: Any) -> str:
-    """A value as the command line has it: as_text((1, 2)) -> "1,2", as_text(True) -> ""."""
+    """A value as on the command line: as_text((1, 2)) -> "1,2", as_text(True) -> ""."""
     if value is True:
         return ""
     if isinstance(value, tuple | list):

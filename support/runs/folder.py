@@ -46,7 +46,7 @@ NUMERIC_CODE = (
 
 
 def config_of(settings: Settings, base: Base, texts: list[Text]) -> dict:
-    """Everything that a run was made with."""
+    """The settings, text and code of a run."""
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -105,7 +105,7 @@ def read_config(path: Path) -> dict:
 
 
 def runs_of_other_code(configs: list[dict]) -> int:
-    """How many runs were made by other code than this."""
+    """The number of runs that were made by different code."""
     here = code_digest()
     return sum(config.get("code") != here for config in configs)
 
@@ -237,7 +237,7 @@ def settings_of(arguments: list[str] | None) -> Settings:
 
 
 def refuse_changes(given: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Raise BadInput if a flag of the command line isn't what the run to continue began with."""
+    """Raise BadInput if a flag of the command line isn't that of the run to continue."""
     for name, value in given.items():
         if name in ("resume", "out", "overwrite"):
             continue

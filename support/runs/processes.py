@@ -1,4 +1,4 @@
-"""Several processes under torchrun: each trains some of the users, and sums meet in all_reduce.
+"""Several processes under torchrun: each trains some of the users, and all_reduce adds their sums.
 
     torchrun --nproc-per-node 2 train.py --users 4 --specialists 1,2,4,8
 

@@ -44,7 +44,7 @@ LANGUAGE_MODEL = dict(
 
 @dataclass
 class Training:
-    """What training any model needs. Raises BadInput."""
+    """The settings of any training. Raises BadInput."""
 
     batch_size: int | None = setting(None, "windows in a batch", int, low=1, high=1_000_000)
     block_size: int | None = setting(None, "tokens in a window", int, low=1, high=1_000_000)
@@ -62,7 +62,7 @@ class Training:
     n_embd: int | None = setting(
         None, "channels (default: 128, or those of the base)", int, low=1, high=1_000_000
     )
-    seed: int = setting(0, "the seed of everything that is random", int, low=0)
+    seed: int = setting(0, "the seed of all random numbers", int, low=0)
     device: str = setting("cpu", "cpu, cuda, cuda:1, mps, ...")
     compile: bool = setting(False, "compile the models with torch.compile", bool)
     overwrite: bool = setting(False, "delete an earlier run in the folder", bool)
@@ -80,7 +80,7 @@ class Training:
 
 
 def all_hyper() -> str:
-    """The hyper-parameters of all methods, in words."""
+    """A sentence that lists all methods' hyper-parameters."""
     parts = []
     for name, method in METHODS.items():
         if method.hyper:
@@ -108,13 +108,13 @@ class Settings(Training):
     generalists: int = setting(1, "generalist experts in a layer", int, low=0, high=1000)
     top_k: int = setting(
         2,
-        "experts for a token; a user with fewer uses all it has; with 1 the router can't learn",
+        "experts per token, at most a user's number of experts; with 1 the router doesn't learn",
         int,
         low=1,
     )
     method: str = setting("comigs", f"a row of methods.py: {', '.join(METHODS)}", choices=METHODS)
     set: str | None = setting(
-        None, f"hyper-parameters of the method, if not its row's: {all_hyper()}"
+        None, f"hyper-parameters of the method (default: those of its row): {all_hyper()}"
     )
     expert: str = setting(
         "mlp",
@@ -137,7 +137,7 @@ class Settings(Training):
     dtype: str = setting(
         "auto",
         "type of the frozen weights and of the computation on them; auto: bfloat16 on a "
-        "language model, if the processor multiplies in it",
+        "language model, if the processor supports it",
         choices=("auto", "float32", "bfloat16"),
     )
     data: str = setting(
@@ -152,7 +152,7 @@ class Settings(Training):
     )
     target: str = setting(
         "own",
-        "validation and test text: the user's own, or an even mix of all users'",
+        "validation and test text: from the user's source, or an even mix of all users' text",
         choices=("own", "mixed"),
     )
     train_kb: tuple[float, ...] | None = setting(
@@ -176,7 +176,7 @@ class Settings(Training):
     )
     experts_see: str = setting(
         "train",
-        "the text that trains experts: training text, or validation text as well",
+        "the text that trains experts: training text, or training and validation text",
         choices=("train", "both"),
     )
     router_lr: float | None = setting(
@@ -201,7 +201,7 @@ class Settings(Training):
         0.0, "probability that a selected user disappears before it uploads", float, low=0, below=1
     )
     clip_update: float | None = setting(
-        None, "largest norm of an update; longer ones are clipped", float, above=0
+        None, "maximum norm of an update; updates with a larger norm are clipped", float, above=0
     )
     dp_noise: float = setting(
         0.0, "noise on the average, in multiples of largest norm / number of uploads", float, low=0
@@ -262,7 +262,7 @@ class Settings(Training):
 
     @property
     def title(self) -> str:
-        """The run in a line."""
+        """One line that describes the run."""
         method = METHODS[self.method]
         text = Path(self.data).resolve().name
         base = Path(self.init_from).name
@@ -310,7 +310,7 @@ def plain(settings: Training) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(settings)))
 
 
-# --- settings that don't go together; each check raises BadInput ---
+# --- incompatible settings; each check raises BadInput ---
 
 
 def check_start(settings: Settings) -> None:
@@ -387,9 +387,9 @@ def check_method(settings: Settings) -> None:
     if method.needs == "lora" and not lora:
         refuse("method", name, "needs LoRA adapters", "use `expert` lora, and a base")
     if method.needs == "both" and min(settings.generalists, *settings.specialists) == 0:
-        refuse("method", name, "needs both kinds of experts", "give each user at least 1 of each")
+        refuse("method", name, "needs both kinds of experts", "use at least 1 of each")
     if method.sizes == "nothing" and sizes_differ:
-        refuse("method", name, "needs users of one size", "use one number of `specialists`")
+        refuse("method", name, "needs users of the same size", "use one number of `specialists`")
     if method.sizes != "ranks" and lora and ranks_differ:
         refuse("method", name, "averages the users' adapters", "use one `lora_rank` for all")
     if settings.clip_update is not None and not method.clippable:

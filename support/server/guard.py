@@ -20,7 +20,7 @@ def check_upload(upload: Message, shapes: dict[str, torch.Size], held: Message) 
     shapes: the names and shapes of the user's generalists. held: the server's generalists.
     """
     if not isinstance(upload, dict) or upload.keys() != shapes.keys():
-        return "not the tensors that are wanted"
+        return "not the tensors that the server expects"
     for name, tensor in upload.items():
         problem = check_tensor(tensor, shapes[name], held[name].dtype)
         if problem:
@@ -89,7 +89,7 @@ class Guard:
         return self.server.broadcast(shapes)
 
     def aggregate(self, uploads: dict[User, Message]) -> int:
-        """Average the uploads that can be averaged. Returns how many they are."""
+        """Average the uploads that can be averaged. Returns their number."""
         accepted = {}
         for user, upload in uploads.items():
             problem = check_upload(upload, user.shared, self.generalists)
@@ -114,7 +114,7 @@ class Guard:
             self.generalists[name] = tensor + deviation * normal.to(tensor)
 
     def state(self) -> dict:
-        """Everything that the next rounds depend on, and the refused uploads."""
+        """The state of the server and the refused uploads."""
         return {
             "generalists": self.generalists,
             "memory": self.server.memory,

@@ -54,5 +54,5 @@ def sentence(privacy: dict) -> str:
         f"ε = {privacy['epsilon']:.3g} at δ = {privacy['delta']:.2g}"
     )
     if privacy["delta"] > LARGE_DELTA:
-        text += "; worth little, with so large a δ"
+        text += "; δ is too large for a useful guarantee"
     return text

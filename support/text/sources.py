@@ -39,12 +39,12 @@ BUILTIN = {  # name -> its domains, each of which is a user
     "builtin": ("cpp", "yaml", "english", "sympy"),  # these share little
     "builtin-python": ("sympy", "networkx", "torch", "setuptools"),  # these share much
 }
-EXCERPT = 5_000  # characters used of a document: many documents, and none outweighs the others
+EXCERPT = 5_000  # characters used of a document: so that no document outweighs the others
 
 
 def builtin_documents(domain: str) -> Iterator[str]:
     """The documents of one domain, in an arbitrary but fixed order. Raises BadInput."""
-    if domain == "cpp":  # without thousands of headers that were made from one template
+    if domain == "cpp":  # leaves out thousands of generated headers
         documents = package_files("torch", "include/**/*.h", without=("ATen/ops/",))
     elif domain == "yaml":
         documents = operators()
@@ -58,7 +58,7 @@ def builtin_documents(domain: str) -> Iterator[str]:
 def pretraining_documents() -> Iterator[str]:
     """Python sources of the standard library and numpy, to pretrain a base on.
 
-    No user holds them: the manual, copies of what is in setuptools, and tests are left out.
+    No user holds them: the manual, copies of setuptools' modules, and tests are left out.
     """
     without = (
         "site-packages/",

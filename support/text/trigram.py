@@ -1,4 +1,4 @@
-"""A trigram language model of the training text: what every result is compared with.
+"""A trigram language model of the training text: the baseline of every result.
 
 Only readers who want to check its smoothing need this file. tests/test_data.py computes an
 example by hand.
@@ -30,7 +30,7 @@ def trigram_loss(train: np.ndarray, test: np.ndarray, vocab_size: int) -> float:
         count_h = lookup(history, histories, history_counts)
         types_h = lookup(history, histories, history_types)
 
-        total = np.maximum(count_h + types_h, 1)  # not 0, by which it is divided
+        total = np.maximum(count_h + types_h, 1)  # avoids division by 0
         interpolated = (count_hw + types_h * p) / total
         p = np.where(count_h > 0, interpolated, p)
     return float(-np.log(p).mean())
@@ -38,7 +38,7 @@ def trigram_loss(train: np.ndarray, test: np.ndarray, vocab_size: int) -> float:
 
 def ngrams(tokens: np.ndarray, n: int, vocab_size: int) -> np.ndarray:
     """The n-grams that end at each token but the first, as numbers in base vocab_size:
-    (N,) -> (N - 1,). The token before the first is the first again.
+    (N,) -> (N - 1,). The first token is also used as the one before it.
 
     ngrams([3, 1, 4], n=2, vocab_size=10) -> [31, 14]
     """
