@@ -36,7 +36,7 @@ class DataConfig:
     data: str = "builtin"  # builtin, builtin-python, a folder or a table
     users: int = 4
     train_kb: tuple[float, ...] | None = None  # one for each user
-    valid_kb: tuple[float, ...] | None = None  # likewise
+    valid_kb: tuple[float, ...] | None = None  # one for each user
     target: str = "own"  # own or mixed
     short_users: str = "refuse"  # refuse or leave-out
     user_field: str | None = None

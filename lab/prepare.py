@@ -5,8 +5,8 @@ python train.py --data agnews.jsonl
 
 agnews        four topics of AG News; one .csv file
 wikipedia     de, fr, it, nl; streamed from Hugging Face's hub (pip install datasets)
-slimpajama    arxiv, book, github, stackexchange; likewise
-commoncorpus  books, patents, tenders, youtube; likewise
+slimpajama    arxiv, book, github, stackexchange; also streamed
+commoncorpus  books, patents, tenders, youtube; also streamed
 languages     Debian's installation guide in de, fr, it, nl; free under the GPL, version 2.
               Its sections are translations of one another. First, on Debian:
 
