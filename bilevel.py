@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from model import GPT, dense_gates
 
-Batch = tuple[Tensor, Tensor]  # inputs and targets, (B, T) token numbers each
+Batch = tuple[Tensor, Tensor]  # inputs and, one token later, targets: (B, T) token numbers each
 
 
 def cosine(steps: int, warmup: int) -> Callable[[int], float]:

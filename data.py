@@ -16,6 +16,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
+from bilevel import Batch
 from support.errors import BadInput
 from support.pretrained.gguf_file import SMOLLM2, is_gguf
 from support.pretrained.gguf_tokenizer import END, load_tokenizer
@@ -364,8 +365,6 @@ def load_pretraining(block_size: int, tokenizer: tiktoken.Encoding) -> Text:
 
 
 # --- batches ---------------------------------------------------------------------------
-
-Batch = tuple[Tensor, Tensor]  # inputs and targets, one token later: (B, T) each
 
 
 def seeded(*key: object) -> torch.Generator:
