@@ -164,7 +164,7 @@ def test_unreadable_files_are_refused_and_no_code_in_them_runs():
     Path("empty.bin").touch()
     refused("can't be read", "empty.bin")
     Path("text.safetensors").write_text("import os")
-    refused("can't be read|needs a library", "text.safetensors")
+    refused("can't be read|needs a package", "text.safetensors")
     write_packed()
     Path("cut.pt").write_bytes(Path("base.pt").read_bytes()[:-2000])
     refused("can't be read", "cut.pt")
