@@ -122,6 +122,16 @@ def test_without_uploads_the_generalists_stay():
     assert same(before, server.generalists)
 
 
+def test_generalists_that_no_upload_has_stay():
+    """The experts that only larger users have."""
+    server, users = federation(roles={SPECIALIST: GENERALIST})
+    before = {name: tensor.clone() for name, tensor in server.generalists.items()}
+    play(server, users[:1], rounds=1)
+    missing = before.keys() - users[0].shared.keys()
+    assert missing
+    assert same({name: before[name] for name in missing}, server.generalists)
+
+
 def test_the_average_is_over_the_users_who_upload_and_absent_users_get_it_later():
     server, users = federation()
     absent = bits(users[2])

@@ -114,6 +114,28 @@ def test_the_frozen_block_reads_a_token_once_however_many_experts_it_selects(mon
 
 
 @pytest.mark.parametrize("shape", [{}, LLAMA])
+@pytest.mark.parametrize("expert", ["mlp", "lora"])
+def test_a_model_has_the_same_loss_and_gradients_without_kernels(expert, shape):
+    with_kernels = tiny(specialists=3, expert=expert, **shape)
+    without = tiny(specialists=3, expert=expert, use_kernels=False, **shape)
+    loss = without(*BATCH)[1]
+    torch.testing.assert_close(with_kernels(*BATCH)[1], loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(with_kernels), gradients(without), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [{}, LLAMA])
+def test_in_bfloat16_a_model_differs_without_kernels_by_rounding_only(shape):
+    """With all experts selected; else rounding can change the selection."""
+    config = dict(seed=1, spread=0.3, specialists=3, top_k=4, **shape)
+    with_kernels = as_in("bfloat16", **config)
+    without = as_in("bfloat16", use_kernels=False, **config)
+    assert abs(with_kernels(*BATCH)[1] - without(*BATCH)[1]) < 0.005
+    expected = gradients(without)
+    for name, gradient in gradients(with_kernels).items():
+        assert (gradient - expected[name]).norm() < 0.1 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("shape", [{}, LLAMA])
 def test_bfloat16_changes_loss_and_gradients_by_rounding_only(shape):
     """With all experts selected; else rounding can change the selection. Gradients are float32."""
     exact, rounded = (

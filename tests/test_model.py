@@ -104,6 +104,15 @@ def test_with_fixed_gates_that_dont_sum_to_1_it_equals_the_dense_one_bias_includ
     assert block.down_proj.bias.abs().max() > 0.1
 
 
+def test_swiglu_is_its_definition():
+    """down(gate · sigmoid(gate) · up). The mixture's oracle uses the block's own activation."""
+    expert = tiny(feed_forward="swiglu").blocks[0].moe.experts[0]
+    x = random_input(3, 8)
+    gate = expert.gate_proj(x)
+    hidden = gate * gate.sigmoid() * expert.up_proj(x)
+    torch.testing.assert_close(expert(x), expert.down_proj(hidden))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_only_selected_experts_compute_and_an_expert_without_tokens_learns_nothing(top_k, kind):
@@ -341,7 +350,7 @@ def test_tokens_behind_a_cache_are_computed_as_in_the_whole_text(shape, use_kern
 @torch.no_grad()
 @pytest.mark.parametrize("gates", [None, torch.tensor([[0.9, 0.1], [0.2, 0.8]])])
 @pytest.mark.parametrize("cache", [True, False])
-@pytest.mark.parametrize(("block_size", "prompt"), [(6, 1), (6, 7), (5, 3), (5, 20)])
+@pytest.mark.parametrize(("block_size", "prompt"), [(6, 1), (6, 6), (6, 7), (5, 3), (5, 20)])
 def test_a_token_sees_the_text_from_the_first_half_block_from_which_it_fits(
     block_size, prompt, cache, gates
 ):

@@ -27,6 +27,15 @@ class Quadratic(nn.Module):
         return None, (self.theta - 1).square().sum() / 2 + self.phi.square().sum() / 2
 
 
+def bilevel_loss(phi: float) -> float:
+    """L_valid(Θ*(φ), φ), the true upper level. The lower level's solution is Θ*(φ) = φ."""
+    model = Quadratic()
+    with torch.no_grad():
+        model.theta.fill_(phi)
+        model.phi.fill_(phi)
+    return model("valid", None)[1].item()
+
+
 def test_where_the_alternation_ends_and_how_far_that_is_from_the_bilevel_optimum():
     """Worked by hand.
 
@@ -45,6 +54,9 @@ def test_where_the_alternation_ends_and_how_far_that_is_from_the_bilevel_optimum
     assert model.theta.item() == pytest.approx(0, abs=0.01)
     assert model.phi.item() == pytest.approx(0, abs=0.01)
     assert model("valid", None)[1].item() == pytest.approx(1 / 2, abs=0.01)
+    optimum = min((i / 100 for i in range(-100, 101)), key=bilevel_loss)
+    assert optimum == 1 / 2
+    assert bilevel_loss(optimum) == pytest.approx(1 / 4)
 
 
 class Unigram(nn.Module):
