@@ -3,9 +3,9 @@
     python compare.py --methods local,fedavg,comigs --seeds 3 [any flag of train.py]
     python compare.py --methods local,fedavg,comigs --rates 2e-3,6e-3,2e-2 --plot
 
-A run that is already in the folder with the same settings isn't repeated, and one that was cut off
-is resumed, so this command can be stopped and started again. (If text or a base was replaced under
-the same name, use another --out.)
+Finished runs with the same settings are reused, and interrupted runs are resumed, so this command
+can be stopped and started again. If text or a base was replaced under the same name, use another
+--out.
 """
 
 import math
@@ -29,12 +29,12 @@ from train import Run
 
 @dataclass
 class Comparison:
-    """How runs are compared. All other flags are train.py's. Raises BadInput."""
+    """How runs are compared. All other flags are those of train.py. Raises BadInput."""
 
     seeds: int = setting(3, "number of seeds, counted from --seed", int, low=1)
     rates: tuple[float, ...] | None = setting(
         None,
-        "learning rates, of which each row uses the best on validation text with the first seed",
+        "candidate learning rates; each row's is chosen on validation text with the first seed",
         float,
         above=0,
         many=True,
@@ -42,11 +42,11 @@ class Comparison:
     out: str = setting("out/compare", "folder of the runs and of the tables")
     sweep: str | None = setting(
         None,
-        "a hyper-parameter and its values, as lambda=0.01,0.1; rows that have it choose "
-        "among them as among rates",
+        "a hyper-parameter and its candidate values, such as lambda=0.01,0.1, chosen in the "
+        "same way",
     )
     plot: bool = setting(False, "also draw table.png and table.svg (needs matplotlib)", bool)
-    anew: bool = setting(False, "repeat runs that were made by other code", bool)
+    anew: bool = setting(False, "repeat runs that were made by different code", bool)
 
     def __post_init__(self):
         check_values(self)
@@ -55,7 +55,7 @@ class Comparison:
 
 @dataclass
 class OfMethods(Comparison):
-    """Compare several methods; any flag of train.py is a flag of this, too. Raises BadInput."""
+    """Compare several methods. It accepts any flag of train.py. Raises BadInput."""
 
     methods: tuple[str, ...] = setting(
         ("comigs", "local", "fedavg", "centralized"),
@@ -66,9 +66,9 @@ class OfMethods(Comparison):
 
 
 def finish(settings: Settings, anew: bool, bar: tqdm) -> Path:
-    """Make sure that a run has ended: use the one in its folder, resume it, or start it.
+    """Start or resume a run, unless it has ended. Returns its folder.
 
-    Returns its folder. Moves the bar by the run's rounds × users. Raises BadInput.
+    Advances the bar by the run's rounds × users. Raises BadInput.
     """
     folder = Path(settings.out)
     if (folder / "config.json").exists():
@@ -89,7 +89,7 @@ def finish(settings: Settings, anew: bool, bar: tqdm) -> Path:
 
 
 def choices_of(row: Settings, comparison: Comparison) -> dict[str, Settings]:
-    """The settings among which a row chooses, by name: "0.002", or "0.002 mu=0.1"."""
+    """The candidate settings of a row, by name: "0.002", or "0.002 mu=0.1"."""
     choices = {}
     for rate in comparison.rates or (row.lr,):
         settings = replace(row, lr=rate)
@@ -112,7 +112,7 @@ class Played:
 
 
 class Player:
-    """Plays the runs of all rows, with one progress bar."""
+    """Runs all rows, with one progress bar."""
 
     def __init__(self, rows: dict[str, Settings], comparison: Comparison):
         self.comparison = comparison
@@ -120,7 +120,7 @@ class Player:
         self.rows = rows
 
     def play(self) -> dict[str, Played]:
-        """All rows, each with its best choice. A run that diverges is reported and left out."""
+        """Run all rows, each with its best choice. A run that diverges is reported and left out."""
         total = 0
         for label, row in self.rows.items():
             runs = len(self.choices[label]) + self.comparison.seeds
@@ -169,13 +169,13 @@ def check(rows: dict[str, Settings], comparison: Comparison) -> None:
     name = comparison.sweep_name
     if comparison.sweep and not any(name in row.hyper for row in rows.values()):
         raise BadInput(
-            f"`sweep` {comparison.sweep}: no row has such a hyper-parameter; there are "
+            f"`sweep` {comparison.sweep}: no row has this hyper-parameter; expected one of "
             f"{all_hyper()}"
         )
 
 
 def warn(folders: list[Path]) -> None:
-    """Report runs in the folder that may not belong into one table."""
+    """Report runs that may not belong in one table."""
     configs = [read_config(folder / "config.json") for folder in folders]
     others = runs_of_other_code(configs)
     if others:
@@ -185,13 +185,13 @@ def warn(folders: list[Path]) -> None:
         )
     if inputs_differ(configs):
         print(
-            "some of these runs had other text, or another base, than the rest; use another --out",
+            "some of these runs had other text or another base than the rest; use another --out",
             file=sys.stderr,
         )
 
 
 def compare(rows: dict[str, Settings], comparison: Comparison) -> None:
-    """Play all rows, write the table and the plot, and print the table. Raises BadInput."""
+    """Run all rows, write the table and the plot, and print the table. Raises BadInput."""
     check(rows, comparison)
     played = Player(rows, comparison).play()
     warn([folder for row in played.values() for folder in row.folders])
@@ -213,14 +213,14 @@ def compare(rows: dict[str, Settings], comparison: Comparison) -> None:
 
 
 def split(arguments: list[str] | None, kind: type[Comparison]) -> tuple[Comparison, list[str]]:
-    """Divide a command line into the comparison's flags and those of its runs. Raises BadInput."""
+    """Split a command line into the comparison's flags and those of its runs. Raises BadInput."""
     given, rest = parse_known(arguments, kind)
     for flag in rest:
         name = flag.partition("=")[0]
         if name == "--resume":
             raise BadInput("`resume`: a comparison always continues; leave it out")
         if name == "--method":
-            raise BadInput("`method`: each row has its own; leave it out, or use `methods`")
+            raise BadInput("`method`: each row has a method; leave it out, or use `methods`")
     return kind(**given), rest
 
 
@@ -232,7 +232,7 @@ def from_command_line() -> None:
 
 
 def main() -> int:
-    return run_command("compare.py", from_command_line, "the runs that ended are kept")
+    return run_command("compare.py", from_command_line, "finished runs are kept")
 
 
 if __name__ == "__main__":

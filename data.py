@@ -104,8 +104,8 @@ def fill_splits(documents: Iterator[str], sizes: dict[str, int], whole: bool = F
 
 
 def take(documents: Iterator[str], size: int, whole: bool = False) -> list[str]:
-    """The next `size` bytes of documents. The last document is cut, and its rest is lost;
-    or it stays whole.
+    """The next `size` bytes of documents. The last document is cut, and its rest is lost.
+    If `whole`, it isn't cut.
 
     take(iter(["abc", "def", "gh"]), 5) -> ["abc", "de"]
     """
@@ -125,9 +125,9 @@ def bytes_of(documents: list[str]) -> int:
 
 
 def choose_users(config: DataConfig, tokenizer: tiktoken.Encoding) -> dict[str, Splits]:
-    """The first users, by name, of a folder or table who have enough text.
+    """The first users of a folder or table, in order of names, who have enough text.
 
-    A document counts once: for the first user, by name, who has it. Raises BadInput, OSError.
+    A document that several users have counts for the first of them only. Raises BadInput, OSError.
     """
     found = read_users(config)
     users = {}
@@ -159,8 +159,8 @@ def choose_users(config: DataConfig, tokenizer: tiktoken.Encoding) -> dict[str, 
 
 
 def read_users(config: DataConfig) -> dict[str, Splits]:
-    """The documents of each user of a folder or table, by the split that the source decides;
-    those that it does not decide are under "". Blank documents are left out."""
+    """The documents of each user of a folder or table, by split. Documents whose split the
+    source doesn't decide are under "". Blank documents are left out."""
     user_field = config.user_field or "user"
     text_field = config.text_field or "text"
     users = {}
@@ -172,7 +172,7 @@ def read_users(config: DataConfig) -> dict[str, Splits]:
 
 
 def split_documents(documents: list[str], train_bytes: int) -> Splits:
-    """One user's documents, no two alike: at most a tenth for test, a tenth for validation,
+    """One user's documents, all different: at most a tenth for test, a tenth for validation,
     and `train_bytes` of the others.
 
     Documents stay whole, so a split may end one document late; digests decide which documents
@@ -336,8 +336,8 @@ def encode_user(name: str, splits: Splits, tokenizer: tiktoken.Encoding) -> Text
 
 
 def shortage(text: Text, train_bytes: int, block_size: int) -> str | None:
-    """What a user has too little of: `train_bytes` of training text, or one window and its
-    last target in each split. None if there is enough."""
+    """A sentence if a user has too little text: less than `train_bytes` of training text, or a
+    split without one window and its last target. None if there is enough."""
     enough = train_bytes - 3  # a cut loses at most 3 bytes of a character
     if train_bytes < EVERYTHING and text.train_bytes < enough:
         return (
@@ -387,7 +387,7 @@ def windows_at(starts: Tensor, tokens: np.ndarray, block_size: int) -> Tensor:
 class RandomWindows:
     """Endless batches: `batch_size` random windows from each of several texts.
 
-    Each text has its generator, so its windows do not depend on the other texts.
+    Each text has a generator of its own, so its windows don't depend on the other texts.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
-"""Text from the models of a run, and the report on its experts.
+"""Generate text with the models of a run, or write the report on its experts.
 
     python sample.py --run out/NAME --user english --prompt "The "
     python sample.py --run out/NAME --user all --prompt "The "
     python sample.py --run out/NAME --html page.html
 
-A run that hasn't ended is shown as of its last checkpoint.
+If a run hasn't ended, its last checkpoint is used.
 """
 
 import math
@@ -35,18 +35,20 @@ from support.sampling import stream
 
 @dataclass
 class Sampling:
-    """Show what a run's models learned. Raises BadInput."""
+    """Show text or the report of a run's models. Raises BadInput."""
 
     run: str = setting("out", "folder of the run")
-    user: str | None = setting(None, "the user whose model writes, or all (default: the first)")
+    user: str | None = setting(
+        None, "the user whose model writes, or all (default: the first user)"
+    )
     prompt: str | None = setting(
-        None, "how the text begins (default: as a document does)", empty=True
+        None, "the beginning of the text (default: the start of a document)", empty=True
     )
     tokens: int = setting(300, "tokens to generate", int, low=1)
     temperature: float = setting(
-        0.8, "0 picks the likeliest token, 1 samples from the model's probabilities", float, low=0
+        0.8, "0: always the most likely token; 1: the model's probabilities", float, low=0
     )
-    top_k: int = setting(40, "sample from this many of the likeliest tokens", int, low=1)
+    top_k: int = setting(40, "sample from this many of the most likely tokens", int, low=1)
     seed: int = setting(0, "the seed of the sampling", int, low=0, high=2**63)
     html: str | None = setting(None, "write the report to this file instead of printing text")
 
@@ -60,7 +62,7 @@ class OpenedRun:
 
     folder: Path
     settings: Settings
-    users: dict[str, TrainedUser]  # by name; for centralized a single one
+    users: dict[str, TrainedUser]  # by name; pooled methods have a single one
     tokenizer: tiktoken.Encoding
 
     @cached_property
@@ -100,7 +102,7 @@ def open_run(folder: str | Path) -> OpenedRun:
     if state is None:
         refuse_folder(folder)
     settings = Settings(**state["settings"] | {"resume": False, "overwrite": False})
-    dtype = state["users"][0]["config"]["dtype"]  # as it was on the machine of the run
+    dtype = state["users"][0]["config"]["dtype"]  # the one that the run used on its machine
     base = starting_point(replace(settings, dtype=dtype))
     if base.sha256 != state["base"]["sha256"]:
         raise BadInput(
@@ -116,14 +118,14 @@ def open_run(folder: str | Path) -> OpenedRun:
 
 
 def refuse_folder(folder: Path) -> None:
-    """Raise BadInput, which names the runs that are in a folder."""
+    """Raise BadInput with the names of the runs in a folder."""
     runs = sorted(str(path.parent) for path in folder.glob("*/checkpoint.pt"))
     example = f", such as {', '.join(runs)}" if runs else ""
     raise BadInput(f"`run` {folder}: holds no checkpoint.pt; expected the folder of a run{example}")
 
 
 def generated(user: TrainedUser, sampling: Sampling, tokenizer: tiktoken.Encoding) -> Iterator[str]:
-    """The prompt, and then the text of each new token."""
+    """Yield the prompt, then the text of each new token."""
     prompt = sampling.prompt or ""
     tokens = [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]
     new_tokens = stream(

@@ -53,7 +53,7 @@ JUDGING_WINDOWS = 8  # windows of validation text on which a JudgingUser compare
 def build_model(
     settings: Settings, base: Base, specialists: int, lora_rank: int, owner: str
 ) -> GPT:
-    """The model of one owner, whose name seeds the weights that the base doesn't have."""
+    """The model of one owner. Weights that aren't in the base are drawn with its name as seed."""
     method = METHODS[settings.method]
     config = GPTConfig(
         **base.config,
@@ -93,7 +93,7 @@ def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> 
     method = METHODS[settings.method]
 
     rounds = settings.rounds * selected_per_round(settings) / number_of_clients(settings)
-    steps = max(1, round(rounds)) * settings.local_steps  # that a user can expect
+    steps = max(1, round(rounds)) * settings.local_steps  # a user's expected number
     schedule = cosine(steps, min(settings.warmup, steps // 5))
     splits = ("train", "valid") if settings.experts_see == "both" else ("train",)
     batches = build_batches(settings, texts, splits, "train")
@@ -216,9 +216,9 @@ class Run:
         return list(zip(self.users, texts, strict=True))
 
     def play(self, bar: tqdm, should_stop: Callable[[], bool] = lambda: False) -> dict:
-        """Play the rounds that are left. Returns the content of result.json.
+        """Run the remaining rounds. Returns the content of result.json.
 
-        If it should stop, it ends after a round, with a checkpoint, and raises KeyboardInterrupt.
+        If `should_stop`, it saves a checkpoint after the round and raises KeyboardInterrupt.
         """
         settings = self.settings
         rhythm = rhythm_of(settings)
@@ -263,7 +263,7 @@ class Run:
         self.save(number=0)
 
     def with_progress(self, users: list[User], number: int, bar: tqdm) -> Iterator[User]:
-        """The users of a round, one by one. In all, the bar advances by `settings.users`."""
+        """The users of a round, one by one. The bar advances by `settings.users` in total."""
         for user in users:
             progress = f"round {number}/{self.settings.rounds}"
             bar.set_description(f"{self.settings.method}, {progress}, {user.name}")
@@ -274,8 +274,8 @@ class Run:
     def broadcast(self, counted: bool) -> None:
         """Set all users' generalists to the server's, to evaluate them.
 
-        counted: whether the download counts as a message; only the last one does. In between, the
-        simulation also evaluates users who don't take part in the next round.
+        counted: whether the download counts as a message; only the last one does. The
+        earlier ones also reach users who don't take part in the next round, to evaluate them.
         """
         for user in self.users:
             message = self.server.broadcast(user.shared)
@@ -337,7 +337,7 @@ class Run:
         return result_of(settings, rows, counts, refused, seconds, guarantee)
 
     def write_page(self) -> None:
-        """Write page.html: curves, and the experts that each token of a text is given to."""
+        """Write page.html: curves, and the experts of each token."""
         users = [TrainedUser(user.name, user.model, user.fixed_gates) for user, _ in self.readers]
         path = self.folder.path
         page.of_run(
@@ -349,7 +349,7 @@ class Run:
 
 
 def train(settings: Settings) -> None:
-    """Play a run and print its table. Raises BadInput."""
+    """Run a method and print its table. Raises BadInput."""
     processes.join(settings)
     run = Run(settings)
     path = run.folder.path

@@ -2,8 +2,8 @@
 
     flower-supernode ... --node-config 'user="fr" text="text/fr.jsonl" state="states"'
 
-A file in the folder `state`, one for each run, keeps everything that must outlive a message:
-specialists, router, optimizers, generators, and the round they belong to. A reply holds the
+A file in the folder `state`, one for each run, keeps the state between messages:
+specialists, router, optimizers, generators and the number of the round. A reply holds the
 device's generalists and its report (flower/messages.py), and nothing else.
 """
 
@@ -37,7 +37,7 @@ from train import build_largest, build_own_user, rhythm_of
 
 
 class Refusal(BadInput):
-    """An error whose message the server may read: it quotes nothing of the device's text."""
+    """An error whose message the server may read: it doesn't quote the device's text."""
 
 
 def config_of_text(settings: Settings, number: int, path: str) -> DataConfig:
@@ -63,7 +63,7 @@ def read_text(settings: Settings, names: list[str], user: str, path: str, tokeni
 class Device:
     """A user on its device.
 
-    names: all users of the run. user: the one of this device. path: its text. state: a folder.
+    names: all users of the run. user: this device's user. path: its text. state: a folder.
     Raises Refusal, and BadInput.
     """
 
@@ -77,7 +77,7 @@ class Device:
         self.user = build_own_user(settings, base, server_model, self.text, names.index(user))
 
     def reply(self, run: str, number: int, generalists: Message) -> tuple[Message, dict]:
-        """Play round `number` with the server's generalists. Returns the upload and the report.
+        """Run round `number` with the server's generalists. Returns the upload and the report.
 
         The round after the last one only evaluates; its upload is empty. A repeated message gets
         the same reply, without training again.
@@ -90,7 +90,7 @@ class Device:
         else:
             state = self.initial_state()
         if state["round"] > number:
-            raise Refusal(f"round {number}: is over; this device has played round {state['round']}")
+            raise Refusal(f"round {number}: is over; this device finished round {state['round']}")
         if state["round"] == number:
             return self.upload(number), state["report"]
         state = self.play(number, generalists, state)
@@ -111,9 +111,9 @@ class Device:
         return {"round": 0, "train_loss": None, "initial_loss": initial_loss, "report": report}
 
     def play(self, number: int, generalists: Message, state: dict) -> dict:
-        """Play a round. Returns the new state.
+        """Run a round. Returns the new state.
 
-        The report repeats all earlier lines of metrics, so that none is lost with a reply.
+        The report repeats all earlier lines of metrics, so that a lost reply loses none.
         """
         report = {"weight": self.user.weight, "lines": list(state["report"]["lines"])}
         new = {
@@ -132,7 +132,7 @@ class Device:
             report["row"] = result_row(self.settings, self.user, self.text, state["initial_loss"])
             return new
         if number > 1 and (number - 1) % self.settings.eval_every == 0:
-            # The previous round is evaluated with its average, which is new here.
+            # The previous round is evaluated with its average, which arrives now.
             self.user.set_generalists(generalists)
             report["lines"].append(self.metrics_line(number - 1, earlier_loss))
         self.user.download(generalists)
@@ -157,7 +157,7 @@ def user_name(message: FlowerMessage, context: Context) -> FlowerMessage:
 
 @app.train()
 def train(message: FlowerMessage, context: Context) -> FlowerMessage:
-    """Play a round and reply with the device's generalists and its report."""
+    """Run a round and reply with the device's generalists and its report."""
     node = context.node_config
     generalists, run, number = unpack_message(message.content)
     try:
@@ -169,7 +169,7 @@ def train(message: FlowerMessage, context: Context) -> FlowerMessage:
     except Refusal:
         traceback.print_exc()
         raise
-    except Exception as error:  # Flower sends its message to the server, and it may quote the text
+    except Exception as error:  # Flower sends the message to the server; it may quote the text
         traceback.print_exc()
         raise Refusal(f"{type(error).__name__}, see the log of this device") from None
     return FlowerMessage(pack_reply(upload, report), reply_to=message)

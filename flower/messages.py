@@ -59,7 +59,7 @@ def unpack_reply(content: RecordDict) -> tuple[Message, dict]:
 
 
 def is_valid_report(report: object, last: bool) -> bool:
-    """Whether a report holds what the server reads. last: whether it is the one at the end."""
+    """Whether a report has the entries that the server reads. last: for the report at the end."""
     if not isinstance(report, dict):
         return False
     if not isinstance(report.get("weight"), int | float):

@@ -35,7 +35,7 @@ Replies = dict[str, tuple[Message, dict]]  # by user: its generalists and its re
 
 @dataclass(frozen=True, eq=False)
 class RemoteUser:
-    """What the server knows of a user."""
+    """A user as the server knows it."""
 
     name: str
     weight: float
@@ -43,7 +43,7 @@ class RemoteUser:
 
 
 def check(settings: Settings, names: list[str]) -> None:
-    """Raise BadInput for what only train.py can do."""
+    """Raise BadInput for settings that only train.py supports."""
     method = METHODS[settings.method]
     if len(names) != settings.users or len(set(names)) < len(names):
         refuse(
@@ -87,7 +87,7 @@ def generalist_shapes(settings: Settings, base: Base, names: list[str]) -> dict[
 
 
 class ServerRun:
-    """A run of the server, at its start or where its checkpoint left it. Raises BadInput.
+    """A run of the server, at its start or at its checkpoint. Raises BadInput.
 
     send: sends each user its generalists for a round, and returns the replies that arrived:
         send(run_id, number, {user: message})
@@ -109,7 +109,7 @@ class ServerRun:
         base = starting_point(settings)
         self.server = build_server(settings, build_largest(settings, base, "server"))
         if settings.dp_noise:
-            self.server.generator = None  # devices know the seed, so the operating system draws
+            self.server.generator = None  # devices know the seed, so the system draws the noise
         self.shapes = generalist_shapes(settings, base, names)
         self.run_id = secrets.token_hex(8)
         self.rounds_done = 0
@@ -126,7 +126,7 @@ class ServerRun:
             self.save(0)  # so that a server that is started again has the same run_id
 
     def play(self) -> dict:
-        """Play the rounds that are left. Returns the content of result.json."""
+        """Run the remaining rounds. Returns the content of result.json."""
         for number in range(self.rounds_done + 1, self.settings.rounds + 1):
             self.play_round(number)
             self.save(number)
@@ -139,7 +139,7 @@ class ServerRun:
     def play_round(self, number: int) -> None:
         """Train the selected users and average their uploads.
 
-        With a single reply the average stays as it is.
+        With a single reply, the average doesn't change.
         """
         selected = [self.names[i] for i in sample_clients(self.settings, number)[0]]
         replies = self.train(number, selected)
@@ -166,7 +166,7 @@ class ServerRun:
         return replies
 
     def uploads(self, replies: Replies) -> dict[RemoteUser, Message]:
-        """The uploads with valid weights, in the order of all users, whichever came first."""
+        """The uploads with valid weights, in the order of users, not of arrival."""
         uploads = {}
         for name in self.names:
             if name not in replies:
@@ -198,7 +198,7 @@ class ServerRun:
     def guarantee(self) -> dict:
         """The guarantee for the user that was selected most often.
 
-        The devices know the seed, and with it who was selected: being left out hides nobody.
+        The devices know the seed, and therefore who was selected, so selection adds no privacy.
         """
         selections = Counter()
         for number in range(1, self.settings.rounds + 1):
@@ -210,7 +210,7 @@ class ServerRun:
 
     @property
     def identity(self) -> dict:
-        """What a checkpoint must have in common with this run."""
+        """The settings and names that a checkpoint must share with this run."""
         return plain(self.settings) | {"names": self.names}
 
     def save(self, number: int) -> None:
@@ -227,7 +227,7 @@ class ServerRun:
         write(self.path, lambda path: torch.save(state, path))
 
     def restore(self, state: dict) -> None:
-        """Continue from a checkpoint. Raises BadInput if it is another run's."""
+        """Continue from a checkpoint. Raises BadInput if it belongs to another run."""
         if state["identity"] != self.identity:
             refuse("out", str(self.out), "holds another run", "use another folder")
         self.run_id = state["run_id"]
@@ -238,11 +238,11 @@ class ServerRun:
         self.start_time -= state["seconds"]
 
 
-RETRY = 60.0  # seconds until a failed node gets a message again, and to reply with a name
+RETRY = 60.0  # seconds before a failed node gets a message again, and to reply with a name
 
 
 class BadReply(ValueError):
-    """A reply that is an error, or that doesn't hold what it should."""
+    """A reply that is an error, or whose content isn't valid."""
 
 
 def read_reply(reply: FlowerMessage) -> tuple[Message, dict]:
@@ -256,7 +256,7 @@ def read_reply(reply: FlowerMessage) -> tuple[Message, dict]:
 
 
 class Nodes:
-    """The users, reached as nodes of Flower's grid. A node that comes back gets its message again.
+    """The users' nodes in Flower's grid. A node that reconnects gets its message again.
 
     patience: seconds that a round waits for replies. pause: seconds between two polls.
     """
@@ -318,7 +318,7 @@ class Nodes:
         return replies
 
     def push(self, node: int, content: RecordDict, number: int, end: float) -> str | None:
-        """Send a message, which expires when the round ends. Returns its id, or None."""
+        """Send a message that expires with the round. Returns its id, or None if that failed."""
         seconds = end - time.monotonic() + self.pause
         message = FlowerMessage(content, node, MessageType.TRAIN, group_id=str(number), ttl=seconds)
         ids = list(self.grid.push_messages([message]))

@@ -47,7 +47,7 @@ def write_texts(settings: Settings, folder: Path) -> list[str]:
             refuse(
                 "data",
                 settings.data,
-                f"user {name} can't have that name here",
+                f"user {name} can't have this name over Flower",
                 "use letters and digits",
             )
     for name, documents in users.items():
@@ -59,7 +59,7 @@ def write_texts(settings: Settings, folder: Path) -> list[str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports of this machine that nothing listens on."""
+    """Different unused ports of this machine."""
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))
@@ -119,7 +119,7 @@ class Processes:
 
 @contextmanager
 def background_processes(out: Path) -> Iterator[Processes]:
-    """Processes that end with the block, also after Ctrl-C, SIGTERM or SIGHUP."""
+    """Processes that end with the block, even after Ctrl-C, SIGTERM or SIGHUP."""
     for kind in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(kind, lambda *_: sys.exit(143))
     processes = Processes(out)
@@ -169,12 +169,12 @@ def start_supernode(processes: Processes, keys: Path, superlink: str, port: int,
 
 
 def try_it(settings: Settings) -> None:
-    """Play a run over Flower. Raises BadInput."""
+    """Execute a run over Flower. Raises BadInput."""
     out = Path(settings.out or "out/flower").resolve()
     if out.exists() and any(out.iterdir()):
         refuse("out", str(out), "isn't empty", "use another folder")
     names = write_texts(settings, out / "devices")
-    # The nodes have their text already, cut as these settings say.
+    # The nodes already have their text, cut according to these settings.
     remaining = replace(
         settings,
         data="builtin",

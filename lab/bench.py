@@ -34,13 +34,13 @@ SMOLLM2_BATCH = 4
 SMOLLM2_BLOCK = 128
 
 
-def timings(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, Tensor]:
+def timings(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, Tensor]:
     """Seconds of each function's calls, by name: (repeats,) each. The calls alternate."""
-    seconds = {name: [] for name in works}
+    seconds = {name: [] for name in functions}
     for turn in range(repeats + 1):
-        for name, work in works.items():
+        for name, function in functions.items():
             start = time.perf_counter()
-            work()
+            function()
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             if turn > 0:  # the first turn warms up
@@ -73,7 +73,7 @@ def expert_step(model: GPT, batch_size: int) -> Callable[[], Tensor]:
 
 
 def step_operations(config: GPTConfig, batch_size: int) -> int:
-    """Operations that a training step of a GPT-2 with MLP experts needs, two for each multiply-add.
+    """The operations of a training step of a GPT-2 with MLP experts; a multiply-add counts as two.
 
     The forward pass and the gradients of activations and of weights need the same number each.
     """

@@ -1,13 +1,13 @@
-"""The experiments of docs/results.md. Each is one command, and continues if it is started again.
+"""The experiments of docs/results.md. Each is one command and resumes if repeated.
 
     python -m lab.experiments languages [--seeds 3] [any flag of compare.py or train.py]
     python -m lab.experiments --help
 
 A row is a run of train.py; rows on the same base share its flags. In one experiment per base, each
-method chooses its learning rate on validation text, with seed 0, from the same list; the other
+method's learning rate is chosen from the same list, on validation text with seed 0; the other
 experiments use these rates. (On SmolLM2 they use the paper's rate, because only some methods were
-tried at others.) The runs of docs/results.md are kept: `--out docs/runs/languages` uses them and
-adds what is missing.
+tried at others.) The runs of docs/results.md are kept: `--out docs/runs/languages` reuses them and
+adds the missing ones.
 """
 
 import sys
@@ -23,7 +23,7 @@ Rows = dict[str, str]  # label -> flags of train.py
 
 @dataclass
 class Base:
-    """What all runs on one base have in common."""
+    """The flags and rates of all runs on one base."""
 
     flags: str
     rate: float  # of most methods
@@ -117,7 +117,7 @@ def overfitting(
 
 
 def sizes(base: Base, text: str, train_kb: tuple[int, ...], ranks: str) -> Rows:
-    """Users with 1, 2, 4 and 8 specialists; rivals with one expert of as many parameters."""
+    """Users with 1, 2, 4 and 8 specialists; rivals have one expert with as many parameters."""
     train = ",".join(str(kb) for kb in train_kb)
     valid = ",".join(str(kb / 4) for kb in train_kb)
     flags = f"--data {text} --train-kb {train} --valid-kb {valid}"
@@ -151,11 +151,11 @@ EXPERIMENTS = {  # name -> title and rows
         overfitting(SMOLLM2, "languages", train_kb=(10, 40), specialists=(1, 7)),
     ),
     "more": (
-        "devices of different size: more specialists where there is more text",
+        "devices of different sizes: users with more text have more specialists",
         sizes(SMOLLM2, "languages", MORE, SMOLLM2_RANKS),
     ),
     "less": (
-        "devices of different size: more specialists where there is less text",
+        "devices of different sizes: users with less text have more specialists",
         sizes(SMOLLM2, "languages", LESS, SMOLLM2_RANKS),
     ),
     "A": ("different users, own text: all methods", BYTES.rows(ALL)),
@@ -174,11 +174,11 @@ EXPERIMENTS = {  # name -> title and rows
         overfitting(BYTES, "builtin", train_kb=(5, 20, 60), specialists=(0, 1, 7)),
     ),
     "E-more": (
-        "devices of different size: more specialists where there is more text",
+        "devices of different sizes: users with more text have more specialists",
         sizes(BYTES, "builtin", MORE, BYTES_RANKS),
     ),
     "E-less": (
-        "devices of different size: more specialists where there is less text",
+        "devices of different sizes: users with less text have more specialists",
         sizes(BYTES, "builtin", LESS, BYTES_RANKS),
     ),
     "F": (
@@ -192,7 +192,7 @@ EXPERIMENTS = {  # name -> title and rows
     ),
     "scratch": ("as A, but from scratch", SCRATCH.rows((*BASICS, "centralized"))),
 }
-RATES = {"languages": "1e-3,2e-3,4e-3", "A": "2e-3,6e-3,2e-2"}  # where the rates are chosen
+RATES = {"languages": "1e-3,2e-3,4e-3", "A": "2e-3,6e-3,2e-2"}  # experiments that choose the rates
 
 
 def experiment(arguments: list[str]) -> None:
@@ -217,9 +217,7 @@ def experiment(arguments: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     if arguments is None:
         arguments = sys.argv[1:]
-    return run_command(
-        "lab.experiments", lambda: experiment(arguments), "the runs that ended are kept"
-    )
+    return run_command("lab.experiments", lambda: experiment(arguments), "finished runs are kept")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run the tour: its text, its code, and what the code prints on this machine.
+"""Run the tour: print its text, its code and the output of the code on this machine.
 
     python -m lab.play
 
@@ -35,7 +35,10 @@ class Player(doctest.DocTestRunner):
 
 
 def play(page: str) -> int:
-    """Run a page's examples in order, and show the whole page. Returns how many outputs differ."""
+    """Run a page's examples in order, and print the whole page.
+
+    Returns the number of outputs that differ.
+    """
     player = Player(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     names = {}  # names that the examples define
     for part in doctest.DocTestParser().parse(page):

@@ -1,4 +1,4 @@
-"""Writes a public corpus as a table or a folder, which `--data` then reads.
+"""Write a public corpus as a table or a folder, for `--data`.
 
 python -m lab.prepare agnews
 python train.py --data agnews.jsonl
@@ -52,8 +52,8 @@ class Preparation:
     out: str | None = setting(None, "the table or folder to write (default: agnews.jsonl, ...)")
     kb: float | None = setting(
         None,
-        "text of each user in kB (default: 2100 of streamed corpora, "
-        "for 2000 of training text; else all there is)",
+        "text of each user in kB (default: 2100 of streamed corpora, which is enough "
+        "for 2000 of training text; all of others)",
         float,
         above=0,
     )
@@ -133,7 +133,7 @@ def write_table(name: str, settings: Preparation, out: Path) -> None:
                 found.add(user)
         missing = corpus.users.keys() - found
         if missing:
-            raise BadInput(f"`source`: no text of {', '.join(sorted(missing))}; {REMEDY}")
+            raise BadInput(f"`source`: has no text of {', '.join(sorted(missing))}; {REMEDY}")
 
     write(out, save)
 
@@ -214,8 +214,8 @@ def documents_in(
 
 
 def clean_news(text: str) -> str:
-    """AG News without damage: backslashes were line ends, unless before a "$", and entities lost
-    their "&"."""
+    """Repair a text of AG News: a backslash was a line end, except before "$", and entities
+    lost their "&"."""
     text = re.sub(r"\\+(?=\$)", "", text)
     text = re.sub(
         r"[ &]?(#\d+|amp|quot|lt|gt|nbsp|hellip);",
@@ -229,7 +229,7 @@ def clean_news(text: str) -> str:
 
 LANGUAGES = ("de", "fr", "it", "nl")
 GUIDE = "usr/share/doc/installation-guide-amd64"
-LEFT_OUT = ("index", "apd", "ape", "apf")  # contents, and the licence, which is always English
+LEFT_OUT = ("index", "apd", "ape", "apf")  # contents, and the licence, always in English
 SHORTEST = 400  # characters of a section
 NO_TEXT_TAGS = ("script", "style", "head")
 NO_TEXT_CLASSES = ("navheader", "navfooter", "toc")

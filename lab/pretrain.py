@@ -3,7 +3,7 @@
     python -m lab.pretrain
     python train.py --init-from out/base/base.pt --expert lora --users 4 --specialists 1,2,4,8
 
-The text is the source code of Python's standard library and numpy, which no user holds.
+The text is the source code of Python's standard library and numpy, which no user has.
 """
 
 import math

@@ -1,11 +1,11 @@
-"""What a run's routers learned about words: the generalists' share by class of tokens.
+"""The generalists' share by class of tokens: articles, pronouns, digits, ...
 
     python -m lab.experiments languages
     python -m lab.words --run out/languages/comigs-lr0.002-seed0
 
 The paper finds that function words are routed to generalists and content words to specialists. Here
-the lists below, of German and French, define the function words. A token belongs to the word that
-it is a part of.
+the lists below define the function words of German and French. A token belongs to the word that it
+is a part of.
 """
 
 import re
@@ -71,9 +71,9 @@ Shares = dict[str, tuple[int, np.ndarray]]  # class -> number of tokens, and sha
 
 @dataclass
 class Words:
-    """Show what a run's routers learned about words. Raises BadInput."""
+    """Show how a run's routers treat classes of words. Raises BadInput."""
 
-    run: str = setting("out", "folder of a run whose users are called de, fr, ...")
+    run: str = setting("out", "folder of a run whose users are named de, fr, ...")
 
     def __post_init__(self):
         check_values(self)

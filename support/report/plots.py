@@ -17,7 +17,7 @@ def draw_comparison(rows: dict[str, Row], path: Path) -> None:
     ranked = sorted(rows, key=lambda label: statistics.mean(rows[label].mean))
     draw_perplexities(points, {label: rows[label] for label in ranked})
     draw_curves(lines, {label: rows[label] for label in ranked})
-    with rc_context({"svg.fonttype": "none"}):  # text stays text
+    with rc_context({"svg.fonttype": "none"}):  # the .svg keeps text as text
         for format in ("png", "svg"):
 
             def save(temporary: Path, format: str = format) -> None:

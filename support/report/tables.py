@@ -25,8 +25,8 @@ class Row:
     users: dict[str, list[float]]  # each user's test perplexity, by seed
     mean: list[float]  # over users, by seed
     worst: list[float]  # of the users, by seed
-    hurt: float | None  # fraction of users who do worse than with local
-    trained: float  # parameters that learn
+    hurt: float | None  # fraction of users with a higher perplexity than with local
+    trained: float  # trained parameters
     sent: float  # parameters that are sent in a round
     bytes_up: float  # in a round
     bytes_down: float
@@ -82,7 +82,7 @@ def mean_parameters(runs: list[dict], roles: tuple[str, ...]) -> float:
 
 
 def fraction_hurt(runs: list[dict], local_runs: list[dict]) -> float | None:
-    """The fraction of users who do worse than with the same seed of local; None without one."""
+    """The fraction of users with a higher perplexity than with local and the same seed, or None."""
     local_users = {run["seed"]: run["users"] for run in local_runs}
     worse = []
     for run in runs:
@@ -104,10 +104,10 @@ def curve(folders: list[Path]) -> dict[int, float]:
 # --- the table as text ---
 
 COLUMNS = (
-    "Perplexity on test text, each user's and their mean, ± the standard deviation over "
-    "seeds, measured after the last average. rate: the learning rate, and what else was "
-    "chosen on validation text. hurt: the fraction of users who do worse than with the same "
-    "seed of local. trained, sent: a user's parameters that learn, and that it sends. kB: "
+    "Test perplexity of each user and their mean, ± the standard deviation over seeds, after "
+    "the last average. rate: the learning rate and other choices made on validation text. "
+    "hurt: the share of users with a higher perplexity than with local and the same seed. "
+    "trained, sent: a user's trained parameters, and those that it sends. kB up, kB down: "
     "per user and round. seconds: per run."
 )
 
@@ -139,7 +139,7 @@ def reference_cells(label: str, values: list[float]) -> list[str]:
 
 
 def table(rows: dict[str, Row]) -> list[list[str]]:
-    """All cells. Below the rows: the untrained models of the first, and trigrams that all share."""
+    """All cells. The last rows are the first row's models before training, and the trigrams."""
     first = next(iter(rows.values()))
     header = [
         "",
@@ -205,7 +205,7 @@ def latex(cells: list[list[str]], caption: str) -> str:
 
 
 def caption(rows: list[dict], seeds: int) -> str:
-    """What all rows of settings have in common."""
+    """A sentence on the settings that all rows share."""
 
     def common(name: str) -> str:
         values = {str(row[name]) for row in rows}

@@ -72,7 +72,7 @@ def restore_user(user: User, state: dict) -> None:
 
 
 def save_checkpoint(folder: Path, state: dict) -> None:
-    """Write checkpoint.pt. The old one is there until the new one is complete."""
+    """Write checkpoint.pt. The old one is kept until the new one is complete."""
     write(folder / "checkpoint.pt", lambda path: torch.save({"format": FORMAT, **state}, path))
 
 
@@ -100,6 +100,6 @@ def load_checkpoint(folder: Path, device: str = "cpu") -> dict | None:
 
 def damaged(path: Path, reason: str) -> BadInput:
     return BadInput(
-        f"the run in {path.parent}: {path.name} is damaged or of another version ({reason}); "
+        f"the run in {path.parent}: {path.name} is damaged or from another version ({reason}); "
         "train it again with `overwrite`"
     )

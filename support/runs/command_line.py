@@ -64,7 +64,7 @@ def help_text(name: str, flag: Flag, default: Any) -> str:
 
 
 def parser_of(kind: type) -> Parser:
-    """A parser of the flags of a kind of settings."""
+    """A parser for the flags of a settings class."""
     summary = kind.__doc__.split(". ")[0] + "."
     parser = Parser(
         usage="%(prog)s [settings]",
@@ -85,9 +85,9 @@ def parser_of(kind: type) -> Parser:
 
 
 def parse_known(arguments: list[str] | None, kind: type) -> tuple[dict[str, Any], list[str]]:
-    """Split a command line into settings, by name, and all other arguments.
+    """Split a command line into the settings of `kind`, by name, and all other arguments.
 
-    arguments: None for those of this process. Raises BadInput.
+    arguments: None for this process's arguments. Raises BadInput.
     """
     texts, rest = parser_of(kind).parse_known_args(arguments)
     values = {}
@@ -104,7 +104,7 @@ def parse_known(arguments: list[str] | None, kind: type) -> tuple[dict[str, Any]
 
 
 def parse_all(arguments: list[str] | None, kind: type) -> dict[str, Any]:
-    """The settings that a command line has, by name. Raises BadInput for other arguments."""
+    """Like parse_known, but refuses all other arguments. Raises BadInput."""
     values, rest = parse_known(arguments, kind)
     if rest:
         raise BadInput(f"{' '.join(rest)}: unknown; see --help")
@@ -112,7 +112,7 @@ def parse_all(arguments: list[str] | None, kind: type) -> dict[str, Any]:
 
 
 def parsed(arguments: list[str] | None, kind: type = Settings) -> Any:
-    """The settings of a command line. Raises BadInput."""
+    """An instance of `kind` from a command line. Raises BadInput."""
     return kind(**parse_all(arguments, kind))
 
 
@@ -158,8 +158,8 @@ def as_flags(message: str) -> str:
 def run_command(command: str, work: Callable[[], object], if_stopped: str) -> int:
     """Run a command.
 
-    Returns its exit status: 0, 2 after bad input, 130 if the user stopped it. Mistakes in the
-    program are tracebacks.
+    Returns its exit status: 0, 2 after bad input, 130 if the user stopped it. Bugs in the
+    program raise tracebacks.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # for a terminal without Unicode

@@ -26,7 +26,7 @@ def whole_text(settings: Settings, tokens: np.ndarray) -> Iterator[Batch]:
 
 
 def part_of_text(settings: Settings, tokens: np.ndarray) -> Iterator[Batch]:
-    """Windows that are spread evenly over a text; all of it if it is short."""
+    """Windows spread evenly over a text, or the whole text if it is short."""
     if len(tokens) <= CURVE_TOKENS:
         return whole_text(settings, tokens)
     count = max(1, CURVE_TOKENS // settings.block_size)
@@ -140,7 +140,10 @@ def result_of(
 
 
 def refused_uploads(number: int, refused: list[tuple[str, str]]) -> list[str]:
-    """What to print about uploads that were refused in round `number`: users, and why."""
+    """A line for each upload that was refused in round `number`.
+
+    refused: names of users, and reasons.
+    """
     lines = []
     for name, reason in refused:
         lines.append(f"round {number}: the upload of user {name} was refused: {reason}")

@@ -78,7 +78,7 @@ class Flag:
 
 
 def setting(default: Any, help: str, kind: type = str, **values: Any) -> Any:
-    """A dataclass field that is a flag. `values` are further fields of Flag."""
+    """A dataclass field that is a flag. `values` are other fields of Flag."""
     return field(default=default, metadata={"flag": Flag(help, kind, **values)})
 
 
@@ -96,7 +96,7 @@ def check_values(settings: Any) -> None:
 
 
 def as_text(value: Any) -> str:
-    """A value as on the command line: as_text((1, 2)) -> "1,2", as_text(True) -> ""."""
+    """A value as written on the command line: as_text((1, 2)) -> "1,2", as_text(True) -> ""."""
     if value is True:
         return ""
     if isinstance(value, tuple | list):

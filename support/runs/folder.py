@@ -1,4 +1,4 @@
-"""The folder of a run: its files, its lock, and how a run in it is continued."""
+"""The folder of a run: its files, its lock, and how to resume a run in it."""
 
 import ast
 import hashlib
@@ -207,7 +207,7 @@ class Folder:
 
 
 def new_folder(settings: Settings) -> str:
-    """A new folder under out/: the name of the run, if need be with -2, -3, ... at its end."""
+    """A new folder under out/, named after the run; if the name is taken, -2, -3, ... is added."""
     text = Path(settings.data).resolve().name
     name = f"out/{settings.method}-{text}-{settings.users}users-seed{settings.seed}"
     if not os.path.exists(name):
@@ -237,7 +237,7 @@ def settings_of(arguments: list[str] | None) -> Settings:
 
 
 def refuse_changes(given: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Raise BadInput if a flag of the command line isn't that of the run to continue."""
+    """Raise BadInput if a flag differs from that of the run to continue."""
     for name, value in given.items():
         if name in ("resume", "out", "overwrite"):
             continue
@@ -256,7 +256,7 @@ def refuse_changes(given: dict[str, Any], saved: dict[str, Any]) -> None:
 def stop_after_round(path: Path) -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C into a request to stop after the round; a second one stops at once.
 
-    Returns a function that tells whether to stop.
+    Yields a function that reports whether to stop.
     """
     requests = []
 

@@ -1,4 +1,4 @@
-"""Several processes under torchrun: each trains some of the users, and all_reduce adds their sums.
+"""Several processes under torchrun: each trains some users, and all_reduce adds up their sums.
 
     torchrun --nproc-per-node 2 train.py --users 4 --specialists 1,2,4,8
 
@@ -21,12 +21,12 @@ from support.runs.flags import refuse
 from support.runs.folder import Folder
 from support.runs.settings import Settings
 
-TIMEOUT = timedelta(days=1)  # for a slower process; the failure of one is noticed at once
+TIMEOUT = timedelta(days=1)  # to wait for a slow process; a failed one is noticed at once
 Item = TypeVar("Item")
 
 
 def join(settings: Settings) -> None:
-    """Connect to the other processes under torchrun, each with a GPU if there are some.
+    """Connect to the other processes under torchrun, each on its own GPU with `device` cuda.
 
     Raises BadInput.
     """
@@ -69,7 +69,7 @@ def mine(everyones: list[Item]) -> list[Item]:
 
 
 def select(users: list[User], numbers: list[int]) -> list[User]:
-    """Those of this process's users that have these numbers."""
+    """The users with these numbers that belong to this process."""
     return [users[i // count()] for i in numbers if i % count() == index()]
 
 
@@ -108,7 +108,7 @@ class SummingServer(Server):
 
 
 class SharedFolder:
-    """A run's folder under torchrun: the first process reads and writes it, for all."""
+    """A run's folder under torchrun: the first process reads and writes it for all."""
 
     def __init__(self, settings: Settings, config: dict):
         """Raises BadInput in the first process."""

@@ -50,7 +50,7 @@ class Training:
     block_size: int | None = setting(None, "tokens in a window", int, low=1, high=1_000_000)
     lr: float | None = setting(None, "the experts' highest learning rate", float, above=0)
     warmup: int | None = setting(
-        None, "steps up to the highest learning rate; at most a fifth of all steps", int, low=0
+        None, "steps until the highest learning rate; at most a fifth of all steps", int, low=0
     )
     weight_decay: float = setting(0.1, "AdamW's weight decay; none for routers", float, low=0)
     n_layer: int | None = setting(
@@ -91,7 +91,7 @@ def all_hyper() -> str:
 
 @dataclass
 class Settings(Training):
-    """Run one method, from its settings to its table. A single value is repeated for all users.
+    """Run one method, from its settings to its table. A single value applies to all users.
 
     Raises BadInput.
     """
@@ -123,7 +123,7 @@ class Settings(Training):
     )
     lora_rank: tuple[int, ...] = setting(
         (8,),
-        "rank of the adapters; most methods that average them need one for all users",
+        "rank of the adapters; most methods that average adapters need the same rank for all users",
         int,
         low=1,
         high=10_000,
@@ -131,8 +131,8 @@ class Settings(Training):
     )
     init_from: str = setting(
         "scratch",
-        f"where the weights start: scratch, {', '.join(NAMES)}, a .gguf, or a "
-        "file such as lab/pretrain.py writes",
+        f"the initial weights: scratch, {', '.join(NAMES)}, a .gguf, or a "
+        "file from lab/pretrain.py",
     )
     dtype: str = setting(
         "auto",
@@ -145,8 +145,12 @@ class Settings(Training):
         f"{', '.join(BUILTIN)}, a folder with a NAME.txt or a NAME/ for each user, or a "
         ".csv or .jsonl file",
     )
-    user_field: str | None = setting(None, "a table's field with the user of a row (default: user)")
-    text_field: str | None = setting(None, "a table's field with the text of a row (default: text)")
+    user_field: str | None = setting(
+        None, "the field of a table that holds a row's user (default: user)"
+    )
+    text_field: str | None = setting(
+        None, "the field of a table that holds a row's text (default: text)"
+    )
     short_users: str = setting(
         "refuse", "what to do about users with too little text", choices=("refuse", "leave-out")
     )
@@ -165,14 +169,14 @@ class Settings(Training):
     )
     valid_kb: tuple[float, ...] | None = setting(
         None,
-        "validation text in kB, from its beginning (default: all that is held out)",
+        "kB from the beginning of the validation text (default: all of it)",
         float,
         low=0.001,
         high=1e9,
         many=True,
     )
     tokenizer: str | None = setting(
-        None, "bytes, gpt2, or that of a .gguf or of smollm2 (default: bytes, or the base's)"
+        None, "bytes, gpt2, smollm2 or a .gguf (default: bytes, or the base's)"
     )
     experts_see: str = setting(
         "train",
@@ -181,14 +185,14 @@ class Settings(Training):
     )
     router_lr: float | None = setting(
         None,
-        "the routers' learning rate (default: that of --lr; five times that on a language model)",
+        "the routers' learning rate (default: --lr; five times --lr on a language model)",
         float,
         above=0,
     )
     router_every: int = setting(30, "expert steps between two turns of the router", int, low=1)
-    router_steps: int | None = setting(None, "router steps in such a turn", int, low=0)
+    router_steps: int | None = setting(None, "router steps in each turn", int, low=0)
     rounds: int | None = setting(None, "communication rounds", int, low=1)
-    local_steps: int = setting(10, "expert steps of a user in a round", int, low=1)
+    local_steps: int = setting(10, "expert steps per user and round", int, low=1)
     average: str = setting(
         "uniform",
         "a user's weight in the average: the same for all, or its training tokens",
@@ -204,7 +208,7 @@ class Settings(Training):
         None, "maximum norm of an update; updates with a larger norm are clipped", float, above=0
     )
     dp_noise: float = setting(
-        0.0, "noise on the average, in multiples of largest norm / number of uploads", float, low=0
+        0.0, "noise on the average, in multiples of --clip-update / number of uploads", float, low=0
     )
     eval_every: int | None = setting(
         None, "rounds between two evaluations on validation text", int, low=1
@@ -230,7 +234,7 @@ class Settings(Training):
 
     @property
     def starts_from_language_model(self) -> bool:
-        """Whether it starts from a pretrained language model; lab.pretrain's .pt isn't one."""
+        """Whether the base is a pretrained language model; lab.pretrain's .pt doesn't count."""
         return self.init_from != "scratch" and Path(self.init_from).suffix != ".pt"
 
     @property
@@ -240,7 +244,7 @@ class Settings(Training):
 
     @property
     def data_config(self) -> DataConfig:
-        """Which text users have."""
+        """The settings of the users' text."""
         return DataConfig(
             self.data,
             self.users,
@@ -275,7 +279,7 @@ class Settings(Training):
 
 
 def one_per_user(name: str, values: list | tuple, users: int) -> tuple:
-    """A value for each user, if there is one for each or a single one for all. Raises BadInput."""
+    """One value per user, from one per user or a single one for all. Raises BadInput."""
     if len(values) == 1:
         return tuple(values) * users
     if len(values) != users:
@@ -374,7 +378,7 @@ def check_noise(settings: Settings) -> None:
 
 
 def check_method(settings: Settings) -> None:
-    """What the method's row needs and allows."""
+    """The needs and limits of the method's row."""
     name = settings.method
     method = METHODS[name]
     unknown = settings.hyper.keys() - method.hyper.keys()

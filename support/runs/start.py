@@ -1,4 +1,4 @@
-"""Where the models of a run start: from scratch, or from a pretrained base."""
+"""The start of a run's models: from scratch, or from a pretrained base."""
 
 from dataclasses import replace
 

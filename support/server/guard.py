@@ -50,7 +50,7 @@ def clip(upload: Message, held: Message, bound: float) -> Message:
 
 
 def system_normal(shape: torch.Size) -> Tensor:
-    """Samples of N(0, 1) from the operating system's randomness, which nobody can draw again.
+    """Samples of N(0, 1) from the operating system's randomness, which can't be reproduced.
 
     √2 · erf⁻¹(2u − 1), where u is uniform on (0, 1) and has 52 random bits.
     """
@@ -62,10 +62,10 @@ def system_normal(shape: torch.Size) -> Tensor:
 class Guard:
     """A server behind a guard.
 
-    bound: C, the largest norm of an update; None doesn't clip.
+    bound: C, the maximum norm of an update (None: updates aren't clipped).
     noise: z. With a bound, each number of an average of n uploads gets noise from N(0, (z·C/n)²),
         as in DP-FedAvg with equal weights (McMahan et al. 2018).
-    generator: draws the noise; without one, the operating system does.
+    generator: draws the noise (None: the operating system's randomness).
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Guard:
         return self.server.broadcast(shapes)
 
     def aggregate(self, uploads: dict[User, Message]) -> int:
-        """Average the uploads that can be averaged. Returns their number."""
+        """Average the valid uploads. Returns their number."""
         accepted = {}
         for user, upload in uploads.items():
             problem = check_upload(upload, user.shared, self.generalists)

@@ -4,13 +4,13 @@ pip install dp-accounting
 python train.py --users 100 --participation 0.1 --clip-update 1 --dp-noise 4
 """
 
-LARGE_DELTA = 0.01  # δ is the probability that the guarantee fails; above this it says little
+LARGE_DELTA = 0.01  # δ is the probability that the guarantee fails; a larger one is too weak
 
 
 def epsilon(noise: float, rounds: int, users: int, selected: int, delta: float) -> float:
     """ε of some rounds if one user's text is replaced by another. Raises ImportError.
 
-    noise: z, in multiples of the largest norm of an update. selected: users per round, drawn
+    noise: z, in multiples of the maximum norm of an update. selected: users per round, drawn
     without replacement (Wang, Balle and Kasiviswanathan 2019).
     """
     from dp_accounting import GaussianDpEvent, NeighboringRelation, SampledWithoutReplacementDpEvent
@@ -26,7 +26,7 @@ def epsilon(noise: float, rounds: int, users: int, selected: int, delta: float) 
 
 
 def guarantee(noise: float, users: int, selected: int, rounds: int, complete: bool) -> dict:
-    """The entry `privacy` of result.json; nothing without noise.
+    """The entry `privacy` of result.json; {} without noise.
 
     There is no ε without dp-accounting, or if an average isn't complete. complete: whether each
     average contains all selected users, since the noise is chosen for that number.
@@ -46,7 +46,7 @@ def guarantee(noise: float, users: int, selected: int, rounds: int, complete: bo
 
 
 def sentence(privacy: dict) -> str:
-    """A guarantee, to be printed."""
+    """A guarantee as a sentence to print."""
     if privacy["epsilon"] is None:
         return f"privacy: no ε ({privacy['why']})"
     text = (

@@ -2,7 +2,7 @@
 
     for user, text, split in sources.read("FOLDER"): ...
 
-data.py divides them among users and splits.
+data.py assigns them to users and splits.
 """
 
 import csv
@@ -33,13 +33,13 @@ class Document(NamedTuple):
     split: str = ""  # train, valid or test, if the source decides that
 
 
-# --- builtin: text that Python and PyTorch bring along ---------------------------------
+# --- builtin: text that comes with Python and PyTorch ---------------------------------
 
 BUILTIN = {  # name -> its domains, each of which is a user
     "builtin": ("cpp", "yaml", "english", "sympy"),  # these share little
     "builtin-python": ("sympy", "networkx", "torch", "setuptools"),  # these share much
 }
-EXCERPT = 5_000  # characters used of a document: so that no document outweighs the others
+EXCERPT = 5_000  # characters used of a document, so that no document outweighs the others
 
 
 def builtin_documents(domain: str) -> Iterator[str]:
@@ -58,7 +58,7 @@ def builtin_documents(domain: str) -> Iterator[str]:
 def pretraining_documents() -> Iterator[str]:
     """Python sources of the standard library and numpy, to pretrain a base on.
 
-    No user holds them: the manual, copies of setuptools' modules, and tests are left out.
+    No user has them: the manual, copies of setuptools' modules, and tests are left out.
     """
     without = (
         "site-packages/",
@@ -148,8 +148,8 @@ def read(source: str, user_field: str = "user", text_field: str = "text") -> Ite
 
 
 def read_folder(root: Path) -> Iterator[Document]:
-    """The files of a folder, by user: NAME.txt; or NAME/ with a file for each document; or
-    NAME/ with train.txt, valid.txt and test.txt."""
+    """The files of each user in a folder: NAME.txt, NAME/ with one file per document, or NAME/
+    with train.txt, valid.txt and test.txt."""
     users = {}  # name -> file or folder
     for path in visible(root, "*"):
         if not path.is_dir() and path.suffix != ".txt":
@@ -228,7 +228,8 @@ def rows(
 ) -> Iterator[tuple[str, dict]]:
     """The rows of a table, each with its place, for messages. Raises BadInput, OSError.
 
-    columns: names of the columns of a .csv file without a header. flag: whose value the path is.
+    columns: names of the columns of a .csv file without a header
+    flag: the setting that named the path
     """
     number = 0
     try:
@@ -250,7 +251,7 @@ def csv_rows(path: Path, columns: tuple[str, ...] | None) -> Iterator[dict]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         for row in csv.DictReader(file, columns, strict=True):
             if None in row:
-                raise ValueError("more fields than the first row; is a comma without quotes?")
+                raise ValueError("more fields than the first row; is a comma not in quotes?")
             yield row
 
 
@@ -268,7 +269,7 @@ def field_of(row: dict, name: str, place: str, remedy: str) -> object:
         return nested(row, name)
     except KeyError as error:
         fields = ", ".join(map(str, row)) if isinstance(row, dict) else "no fields"
-        fields = " ".join(fields.split())  # in one line
+        fields = " ".join(fields.split())  # on one line
         raise BadInput(
             f"{place}: has no field {error.args[0]} but {fields[:200]}; {remedy}"
         ) from None
@@ -290,4 +291,4 @@ def text_of(row: dict, name: str, place: str, remedy: str) -> str:
     if not isinstance(text, str):
         raise BadInput(f"{place}: its {name} isn't text; correct or remove the row")
     text = text.replace("\r\n", "\n")
-    return text.encode(errors="replace").decode()  # half a character becomes "?"
+    return text.encode(errors="replace").decode()  # a lone surrogate becomes "?"

@@ -1,6 +1,6 @@
 """A trigram language model of the training text: the baseline of every result.
 
-Only readers who want to check its smoothing need this file. tests/test_data.py computes an
+Read this file only to check its smoothing. tests/test_data.py computes an
 example by hand.
 """
 
@@ -37,7 +37,7 @@ def trigram_loss(train: np.ndarray, test: np.ndarray, vocab_size: int) -> float:
 
 
 def ngrams(tokens: np.ndarray, n: int, vocab_size: int) -> np.ndarray:
-    """The n-grams that end at each token but the first, as numbers in base vocab_size:
+    """The n-grams that end at each token except the first, as numbers in base vocab_size:
     (N,) -> (N - 1,). The first token is also used as the one before it.
 
     ngrams([3, 1, 4], n=2, vocab_size=10) -> [31, 14]
