@@ -42,8 +42,8 @@ class Comparison:
     out: str = setting("out/compare", "folder of the runs and of the tables")
     sweep: str | None = setting(
         None,
-        "a hyper-parameter and its candidate values, such as lambda=0.01,0.1, chosen in the "
-        "same way",
+        "a hyper-parameter and its candidate values, such as lambda=0.01,0.1; chosen like "
+        "the rates, for rows that have it",
     )
     plot: bool = setting(False, "also draw table.png and table.svg (needs matplotlib)", bool)
     anew: bool = setting(False, "repeat runs that were made by different code", bool)
@@ -55,7 +55,7 @@ class Comparison:
 
 @dataclass
 class OfMethods(Comparison):
-    """Compare several methods. It accepts any flag of train.py. Raises BadInput."""
+    """Compare several methods, with any flag of train.py. Raises BadInput."""
 
     methods: tuple[str, ...] = setting(
         ("comigs", "local", "fedavg", "centralized"),
