@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +14,15 @@ import train
 from conftest import command, state
 from federated import User
 from support.errors import BadInput
-from support.runs import processes
+from support.runs import folder, processes
+from support.runs.checkpoint import save_checkpoint
 from support.runs.command_line import parsed
+from support.runs.settings import Settings
 from tiny import Stranger
 
 
 def poisoned(arguments: list[str]) -> int:
-    """train.py with a user bert whose uploads aren't finite."""
+    """train.py with a user bert whose uploads aren't finite. It keeps the checkpoint of round 2."""
     upload = User.upload
 
     def poisoned_upload(user: User) -> dict:
@@ -28,8 +31,14 @@ def poisoned(arguments: list[str]) -> int:
             message = {name: tensor / 0 for name, tensor in message.items()}
         return message
 
+    def save(path: Path, state: dict) -> None:
+        save_checkpoint(path, state)
+        if state["round"] == 2:
+            shutil.copy(path / "checkpoint.pt", path / "round2.pt")
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(User, "upload", poisoned_upload)
+        patch.setattr(folder, "save_checkpoint", save)
         return train.main(arguments)
 
 
@@ -77,9 +86,17 @@ def test_two_processes_end_where_one_does_and_one_resumes_the_run_of_two(corpus)
     assert poisoned(command(flags, "one")) == 0
     assert end("one")[0][0]["refused"] > 1
     torch.testing.assert_close(end("two"), end("one"), rtol=1e-5, atol=1e-5)
-    Path("two/result.json").unlink()  # as if it had been cut off before its end
+    Path("two/round2.pt").replace("two/checkpoint.pt")  # as if it had been cut off there
+    Path("two/result.json").unlink()
     assert poisoned("--resume --out two".split()) == 0
     torch.testing.assert_close(end("two"), end("one"), rtol=1e-5, atol=1e-5)
+
+
+def test_every_process_knows_the_folder_of_the_first_one(monkeypatch):
+    """Ctrl-C prints it in each of them."""
+    monkeypatch.setattr(processes, "index", lambda: 1)
+    monkeypatch.setattr(processes, "gather", lambda entries: [Path("run"), *entries])
+    assert processes.SharedFolder(Settings(), {}).path == Path("run")
 
 
 def test_an_average_over_processes_worked_by_hand(monkeypatch):

@@ -113,7 +113,8 @@ class SharedFolder:
     def __init__(self, settings: Settings, config: dict):
         """Raises BadInput in the first process."""
         self.folder = Folder(settings, config) if is_first() else None
-        self.path = self.folder.path if is_first() else None
+        path = self.folder.path if is_first() else None
+        self.path = gather([path])[0]
 
     def log(self, lines: list[dict]) -> None:
         lines = gather(lines)

@@ -246,15 +246,15 @@ class Settings(Training):
     def data_config(self) -> DataConfig:
         """The settings of the users' text."""
         return DataConfig(
-            self.data,
-            self.users,
-            self.train_kb,
-            self.valid_kb,
-            self.target,
-            self.short_users,
-            self.user_field,
-            self.text_field,
-            self.block_size,
+            data=self.data,
+            users=self.users,
+            train_kb=self.train_kb,
+            valid_kb=self.valid_kb,
+            target=self.target,
+            short_users=self.short_users,
+            user_field=self.user_field,
+            text_field=self.text_field,
+            block_size=self.block_size,
         )
 
     @property
