@@ -29,7 +29,7 @@ class User:
     weight: in the server's average. hyper, memory: as in bilevel.Level.
     """
 
-    fixed_gates: Tensor | None = None  # (L, E), which replace the router's; only rivals set them
+    fixed_gates: Tensor | None = None  # (L, E), which replace the router's; a method may set them
 
     def __init__(
         self,
@@ -76,14 +76,14 @@ class User:
         return alternate(self.model, self.lower, self.upper, rhythm).item()
 
     def upload(self) -> Message:
-        """θ_i^G. Nothing else leaves the device."""
+        """θ_i^G. Nothing else of the model leaves the device."""
         generalists = self.model.having(GENERALIST)
         message = {name: parameter.detach().clone() for name, parameter in generalists.items()}
         self.bytes_up += size_of(message)
         return message
 
     def before_evaluation(self) -> None:
-        """Prepare the model for evaluation. Only rivals override this."""
+        """Prepare the model for evaluation. Methods may override this."""
 
 
 def average(messages: list[Message], weights: list[float]) -> Message:
@@ -129,7 +129,7 @@ class Server:
         return len(uploads)
 
     def merge(self, messages: list[Message], weights: list[float]) -> Message:
-        """Merge the users' messages into one. Rivals override this."""
+        """Merge the users' messages into one. Methods may override this."""
         return average(messages, weights)
 
 

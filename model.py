@@ -24,7 +24,7 @@ from lora import LoRAExperts, LoRALinear
 from support import kernels
 
 # A parameter's role decides whether it is averaged, which text trains it, and whether it is saved.
-BACKBONE = "backbone"  # pretrained and frozen
+BACKBONE = "backbone"  # frozen, usually pretrained
 GENERALIST = "generalist"  # θ^G: trained on training text, averaged over the users
 SPECIALIST = "specialist"  # θ_i^S: trained on training text, stays with its user
 ROUTER = "router"  # φ_i: trained on validation text, stays with its user
@@ -431,7 +431,7 @@ class GPT(nn.Module):
         return torch.empty(shape).normal_(0, std, generator=generator)
 
     def find_roles(self) -> dict[str, str]:
-        """Every parameter's name -> its one role, that of the innermost module that contains it."""
+        """Every parameter's name -> its one role: the innermost module's, after the method's changes."""
         changes = self.config.roles
         roles = {}
         for prefix, module in self.named_modules():  # outer modules come before inner ones

@@ -1,6 +1,6 @@
 """The parts of rival methods that a row of methods.METHODS can't express, with their equations.
 
-A part is a subclass of `Level` (a term added to the loss), of `User` (what a device does with the
+A part is a subclass of `Level` (another objective), of `User` (what a device does with the
 message it receives, or before its model is used) or of `Server` (how it merges messages).
 """
 
