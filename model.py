@@ -431,7 +431,7 @@ class GPT(nn.Module):
         return torch.empty(shape).normal_(0, std, generator=generator)
 
     def find_roles(self) -> dict[str, str]:
-        """Every parameter's name -> its role: the innermost module's, after the method's changes."""
+        """Every parameter's name -> its role: the innermost module's, after the method's edits."""
         changes = self.config.roles
         roles = {}
         for prefix, module in self.named_modules():  # outer modules come before inner ones
