@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from model import GPT, dense_gates
+from model import GPT, Routing
 
 Batch = tuple[Tensor, Tensor]  # inputs and, one token later, targets: (B, T) token numbers each
 
@@ -55,9 +55,15 @@ def constant(step: int) -> float:
     return 1.0
 
 
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: to matrices, but neither to biases, norms nor embeddings."""
+    return parameter.dim() > 1 and not name.endswith("embedding.weight")
+
+
 class Level:
     """One level: its parameters, the batches that train them, AdamW and a learning-rate schedule.
 
+    parameters: by name. weight_decay: of those that `decays` names.
     hyper: the method's hyper-parameters, by name.
     memory: a method's state between steps, by name. Checkpoints save it.
     """
@@ -75,9 +81,13 @@ class Level:
         self.batches = batches
         self.hyper = hyper or {}
         self.memory = {}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
-        )
+        decayed = [p for name, p in parameters.items() if decays(name, p)]
+        others = [p for name, p in parameters.items() if not decays(name, p)]
+        groups = [
+            {"params": decayed, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)
         self.schedule = LambdaLR(self.optimizer, schedule)
 
     @property
@@ -145,6 +155,15 @@ def alternate(model: GPT, lower: Level, upper: Level | None, rhythm: Rhythm) -> 
             for _ in range(rhythm.router_steps):
                 upper.step(model)  # φ_i ← φ_i − η' ∇_φ L(X_i^valid; Θ_i, φ_i)
     return torch.stack(losses).mean()
+
+
+def dense_gates(routing: Routing, E: int) -> Tensor:
+    """The weight of every expert for every token, 0 for an expert that isn't selected: (N, E).
+
+    gates [[.7, .3]], selected [[2, 0]], E = 3 -> [[.3, 0, .7]]
+    """
+    zeros = routing.gates.new_zeros(len(routing.gates), E)
+    return zeros.scatter(1, routing.selected, routing.gates)
 
 
 @torch.no_grad()

@@ -20,9 +20,10 @@ from support.errors import BadInput, Diverged, optional
 from support.files import read_json
 from support.report import plots
 from support.report.tables import Row, caption, summarize, write_all
+from support.runs.code import code_digest
 from support.runs.command_line import as_flags, parse_known, parsed, run_command, swept_by
 from support.runs.flags import check_values, setting
-from support.runs.folder import code_digest, inputs_differ, read_config, runs_of_other_code
+from support.runs.folder import inputs_differ, read_config, runs_of_other_code
 from support.runs.settings import Settings, all_hyper, plain
 from train import Run
 
@@ -74,8 +75,9 @@ def finish(settings: Settings, anew: bool, bar: tqdm) -> Path:
     if (folder / "config.json").exists():
         config = read_config(folder / "config.json")
         these = {"out": settings.out, "overwrite": settings.overwrite}
-        if Settings(**config["settings"] | these) == settings:
-            if anew and config.get("code") != code_digest():
+        same = Settings(**config["settings"] | these) == settings
+        if same and config["hyper"] == settings.hyper:
+            if anew and config["code"] != code_digest(settings.method):
                 settings = replace(settings, overwrite=True)
             elif (folder / "result.json").exists():
                 bar.update(settings.rounds * settings.users)

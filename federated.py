@@ -77,10 +77,14 @@ class User:
 
     def upload(self) -> Message:
         """θ_i^G. Nothing else of the model leaves the device."""
-        generalists = self.model.having(GENERALIST)
-        message = {name: parameter.detach().clone() for name, parameter in generalists.items()}
+        message = self.copy_generalists()
         self.bytes_up += size_of(message)
         return message
+
+    def copy_generalists(self) -> Message:
+        """θ_i^G, copied."""
+        generalists = self.model.having(GENERALIST)
+        return {name: parameter.detach().clone() for name, parameter in generalists.items()}
 
     def before_evaluation(self) -> None:
         """Prepare the model for evaluation. Methods may override this."""

@@ -49,6 +49,7 @@ class Method:
     summary: str
     roles: dict[str, str] = field(default_factory=dict)  # role in CoMiGS or factor -> role here
     routed: bool = False  # False: no router, the experts' outputs are averaged
+    by_kind: bool = False  # the router weighs generalists against specialists, not each expert
     router_text: str = "valid"  # the split that trains the router
     pooled: bool = False  # one model learns from all users' text, which leaves the devices
     needs: str = ""  # "lora": LoRA adapters; "both": generalists and specialists
@@ -92,8 +93,10 @@ METHODS = {
         router_level=LeakyLevel,
     ),
     "comigs-apart": Method(
-        "beyond the paper: each kind of expert learns alone, as in fdlora, and a router mixes them",
+        "beyond the paper: each kind of expert learns alone, as in fdlora, and a router weighs the "
+        "two kinds",
         routed=True,
+        by_kind=True,
         needs="both",
         level=SeparateLevel,
     ),

@@ -44,7 +44,7 @@ class GPTConfig:
     n_kv_head: int | None = None  # key/value heads, which query heads share (None: n_head)
     n_hidden: int | None = None  # channels inside a feed-forward block; None: 4 n_embd
     feed_forward: str = "gelu"  # "gelu"; "gelu-tanh", GPT-2's approximation; "swiglu", Llama's
-    norm: str = "layer"  # a key of NORMS
+    norm: str = "layer"  # or "rms", Llama's
     norm_eps: float = 1e-5
     rotary_base: float | None = None  # None: learned positions
     rotary_factors: list[float] | None = None  # divisors of the D/2 rotary frequencies; None: 1
@@ -55,6 +55,7 @@ class GPTConfig:
     specialists: int = 1  # S, the other experts
     top_k: int = 2  # k; a model with fewer experts uses all of its experts
     routed: bool = True  # False: no router; every expert has the weight 1/E
+    by_kind: bool = False  # the router weighs generalists against specialists, not each expert
     expert: str = "mlp"  # or "lora": adapters of one frozen feed-forward block (lora.py)
     lora_rank: int = 8  # r, with "lora"
     roles: dict[str, str] = field(default_factory=dict)  # a method's changes, such as
@@ -112,11 +113,9 @@ def embedding(rows: int, config: GPTConfig) -> nn.Embedding:
     return with_role(config.trunk_role, nn.Embedding.from_pretrained(empty, freeze=False))
 
 
-NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
-
-
 def norm(config: GPTConfig) -> nn.Module:
-    return with_role(config.trunk_role, NORMS[config.norm](config.n_embd, config.norm_eps))
+    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return with_role(config.trunk_role, kind(config.n_embd, config.norm_eps))
 
 
 def linear(n_in: int, n_out: int, config: GPTConfig, adapter_roles: list[str]) -> nn.Linear:
@@ -214,8 +213,7 @@ class Expert(nn.Module):
         super().__init__()
         self.role = role
         self.approximate = "tanh" if config.feed_forward == "gelu-tanh" else "none"
-        C = config.n_embd
-        n_hidden = config.n_hidden
+        C, n_hidden = config.n_embd, config.n_hidden
         kinds = config.expert_kinds
         self.gate_proj = None
         if config.feed_forward == "swiglu":
@@ -262,23 +260,23 @@ class Router(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.top_k = min(config.top_k, config.n_experts)
-        self.linear = nn.Linear(config.n_embd, config.n_experts, bias=False)
+        self.kind_sizes = (config.generalists, config.specialists) if config.by_kind else None
+        n_scores = 2 if config.by_kind else config.n_experts
+        self.linear = nn.Linear(config.n_embd, n_scores, bias=False)
 
     def forward(self, x: Tensor) -> Routing:
-        logits = self.linear(x.to(self.linear.weight.dtype))  # (N, E)
+        logits = self.linear(x.to(self.linear.weight.dtype))  # (N, E), or by kind (N, 2)
+        if self.kind_sizes is not None:  # the experts of a kind share its weight evenly
+            sizes = torch.tensor(self.kind_sizes, device=x.device)  # (2,)
+            gates = (logits.softmax(-1) / sizes).repeat_interleave(sizes, dim=1)  # (N, E)
+            return to_all(gates, logits)
         if self.top_k == logits.shape[1]:
             return to_all(logits.softmax(-1), logits)
         highest, selected = logits.topk(self.top_k)  # (N, k) each
-        return Routing(highest.softmax(-1), selected, logits)
-
-
-def dense_gates(routing: Routing, E: int) -> Tensor:
-    """The weight of every expert for every token, 0 for an expert that isn't selected: (N, E).
-
-    gates [[.7, .3]], selected [[2, 0]], E = 3 -> [[.3, 0, .7]]
-    """
-    zeros = routing.gates.new_zeros(len(routing.gates), E)
-    return zeros.scatter(1, routing.selected, routing.gates)
+        gates = highest.softmax(-1)
+        if self.top_k == 1:  # a softmax over one is 1, which has no gradient
+            gates = logits.softmax(-1).gather(1, selected)
+        return Routing(gates, selected, logits)
 
 
 class MLPExperts(nn.ModuleList):
@@ -324,7 +322,9 @@ class MoE(nn.Module):
             return self.router(tokens)
         if fixed_gates is None:
             fixed_gates = torch.full((self.n_experts,), 1 / self.n_experts)
-        return to_all(fixed_gates.to(tokens.device).expand(len(tokens), -1))
+        selected = fixed_gates.nonzero().flatten()  # (k,): experts with gate 0 are skipped
+        gates = fixed_gates[selected].to(tokens.device).expand(len(tokens), -1)  # (N, k)
+        return Routing(gates, selected.to(tokens.device).expand_as(gates))
 
 
 class Block(nn.Module):

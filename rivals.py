@@ -7,7 +7,7 @@ message it receives, or before its model is used) or of `Server` (how it merges 
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bilevel import Batch, Level, Rhythm, evaluate
@@ -43,13 +43,13 @@ def load_balancing_loss(routing: Routing) -> Tensor:
 
 
 class BalancedLevel(Level):
-    """Adds the layers' load-balancing losses, weighted by `balance`."""
+    """Adds the mean of the layers' load-balancing losses, weighted by `balance`."""
 
     def objective(self, model: GPT, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         hidden, routings = model.trunk(idx)
         loss = model.loss(hidden, targets)
-        balancing = sum(load_balancing_loss(routing) for routing in routings)
-        return loss, loss + self.hyper["balance"] * balancing
+        layers = [load_balancing_loss(routing) for routing in routings]
+        return loss, loss + self.hyper["balance"] * sum(layers) / len(layers)
 
 
 # --- FDLoRA (Qi et al. 2024): a global and a personal adapter ---
@@ -204,25 +204,31 @@ def kept_rank(rank: int, gamma: float) -> int:
     return max(1, int(gamma * rank))
 
 
-def adapters_of(model: GPT) -> list[LoRAAdapter]:
-    return [module for module in model.modules() if isinstance(module, LoRAAdapter)]
+def adapters_of(module: nn.Module) -> list[LoRAAdapter]:
+    return [part for part in module.modules() if isinstance(part, LoRAAdapter)]
 
 
-def tail_norm(model: GPT, gamma: float) -> Tensor:
+def expert_adapters_of(model: GPT) -> list[LoRAAdapter]:
+    """The adapters of all feed-forward blocks, without those of attention."""
+    return [adapter for block in model.blocks for adapter in adapters_of(block.moe)]
+
+
+def tail_norm(adapters: list[LoRAAdapter], gamma: float) -> Tensor:
     """Σ ‖B[:, γr:]‖ ‖A[γr:, :]‖ over the adapters: the size of the ranks that pruning would cut."""
     norms = []
-    for adapter in adapters_of(model):
+    for adapter in adapters:
         rank = kept_rank(len(adapter.lora_A), gamma)
         norms.append(adapter.lora_B[:, rank:].norm() * adapter.lora_A[rank:].norm())
     return sum(norms)
 
 
 class HetLoRALevel(Level):
-    """Adds λ times the norm of the tail to the loss (Cho et al. 2024, section 3)."""
+    """Adds λ times the norm of the experts' tails to the loss (Cho et al. 2024, section 3)."""
 
     def objective(self, model: GPT, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         _, loss = model(idx, targets)
-        return loss, loss + self.hyper["lambda"] * tail_norm(model, self.hyper["gamma"])
+        penalty = tail_norm(expert_adapters_of(model), self.hyper["gamma"])
+        return loss, loss + self.hyper["lambda"] * penalty
 
 
 class HetLoRAUser(User):
@@ -230,9 +236,10 @@ class HetLoRAUser(User):
 
     def local_update(self, rhythm: Rhythm) -> float:
         gamma = self.hyper["gamma"]
-        before = tail_norm(self.model, gamma).item()
+        adapters = adapters_of(self.model)
+        before = tail_norm(adapters, gamma).item()
         loss = super().local_update(rhythm)
-        if tail_norm(self.model, gamma).item() < before:
+        if tail_norm(adapters, gamma).item() < before:
             self.prune(gamma)
         return loss
 

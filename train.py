@@ -12,6 +12,7 @@ evaluation), checkpoint.pt (to continue from) and, at the end, result.json and p
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from tqdm import tqdm
@@ -31,6 +32,7 @@ from support.runs.command_line import run_command
 from support.runs.evaluation import (
     check_loss,
     counters,
+    final_losses,
     initial_test_loss,
     metrics_line,
     refused_uploads,
@@ -63,6 +65,7 @@ def build_model(
         expert=settings.expert,
         lora_rank=lora_rank,
         routed=method.routed,
+        by_kind=method.by_kind,
         roles=method.roles,
     )
     generator = data.seeded(settings.seed, owner, "weights")
@@ -106,7 +109,9 @@ def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> 
     router = model.having(ROUTER)
     if router:
         batches = build_batches(settings, texts, (method.router_text,), "valid")
-        upper = method.router_level(router, batches, settings.router_rate, hyper=settings.hyper)
+        upper = method.router_level(
+            router, batches, settings.router_rate, settings.router_decay, hyper=settings.hyper
+        )
 
     weight = sum(len(text.train) for text in texts) if settings.average == "tokens" else 1
     user = method.user(name, model, lower, upper, weight, settings.hyper)
@@ -202,7 +207,8 @@ class Run:
         self.texts = data.load(settings.data_config, self.base.encoding)
         self.server, self.users = build(settings, self.base, self.texts)
         self.rounds_done = 0
-        self.initial_losses = None  # on each test text, before the first round
+        self.initial_losses = []  # on each test text, before the first round
+        self.local_losses = []  # of each text, before the last average
         self.folder = processes.run_folder(settings, config_of(settings, self.base, self.texts))
         if settings.resume:
             self.restore(self.folder.load())
@@ -223,7 +229,7 @@ class Run:
         settings = self.settings
         rhythm = rhythm_of(settings)
         bar.update(self.rounds_done * settings.users)
-        if self.initial_losses is None:
+        if not self.initial_losses:
             self.evaluate_untrained(bar)
         for number in range(self.rounds_done + 1, settings.rounds + 1):
             selected, dropped = sample_clients(settings, number)
@@ -239,13 +245,14 @@ class Run:
 
             last = number == settings.rounds
             stop = processes.total(should_stop()) > 0
-            evaluate = last or number % settings.eval_every == 0
-            save = last or stop or number % settings.save_every == 0
-            if evaluate or save:
-                self.broadcast(counted=last)
-            if evaluate:
+            if last:
+                self.evaluate_local()
+                self.download_average()
                 self.log(number, losses)
-            if save:
+            elif number % settings.eval_every == 0:
+                with self.averaged():
+                    self.log(number, losses)
+            if last or stop or number % settings.save_every == 0:
                 self.save(number)
             if stop and not last:
                 raise KeyboardInterrupt
@@ -254,9 +261,11 @@ class Run:
         return result
 
     def evaluate_untrained(self, bar: tqdm) -> None:
+        """Give all users the server's generalists, and evaluate them."""
         bar.set_description("evaluating the untrained models")
-        self.broadcast(counted=False)
-        self.initial_losses = []
+        for user in self.users:
+            user.set_generalists(self.server.broadcast(user.shared))
+            user.before_evaluation()
         for user, text in self.readers:
             self.initial_losses.append(initial_test_loss(self.settings, user, text))
         self.log(number=0, losses={})
@@ -271,18 +280,30 @@ class Run:
             bar.update()
         bar.update(self.settings.users - len(users))
 
-    def broadcast(self, counted: bool) -> None:
-        """Set all users' generalists to the server's, to evaluate them.
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let all users have the server's generalists for a while, to evaluate them.
 
-        counted: whether the download counts as a message; only the last one does. The
-        earlier ones also reach users who don't take part in the next round, to evaluate them.
+        Afterwards they have their own again, as on a device. Only a simulation can do this, so it
+        doesn't count as a message.
         """
+        own = {user: user.copy_generalists() for user in self.users}
         for user in self.users:
-            message = self.server.broadcast(user.shared)
-            if counted:
-                user.download(message)
-            else:
-                user.set_generalists(message)
+            user.set_generalists(self.server.broadcast(user.shared))
+            user.before_evaluation()
+        yield
+        for user in self.users:
+            user.model.load_state_dict(own[user], strict=False)
+
+    def evaluate_local(self) -> None:
+        """Evaluate every user as its last local steps left it, before the last average."""
+        for user, text in self.readers:
+            self.local_losses.append(final_losses(self.settings, user, text))
+
+    def download_average(self) -> None:
+        """Send all users the last average, which they keep."""
+        for user in self.users:
+            user.download(self.server.broadcast(user.shared))
             user.before_evaluation()
 
     def log(self, number: int, losses: dict[User, float]) -> None:
@@ -301,6 +322,7 @@ class Run:
                 "round": number,
                 "seconds": time.perf_counter() - self.start_time,
                 "initial_losses": self.initial_losses,
+                "local_losses": self.local_losses,
                 "server": self.server.state(),
                 "users": [user_state(user) for user in self.users],
             }
@@ -313,6 +335,7 @@ class Run:
         self.rounds_done = state["round"]
         self.start_time -= state["seconds"]
         self.initial_losses = state["initial_losses"]
+        self.local_losses = state["local_losses"]
         self.server.load(state["server"])
         for user, saved in zip(self.users, state["users"], strict=True):
             restore_user(user, saved)
@@ -321,8 +344,9 @@ class Run:
         """Evaluate all users on test text. Returns the content of result.json."""
         settings = self.settings
         rows = []
-        for (user, text), initial_loss in zip(self.readers, self.initial_losses, strict=True):
-            rows.append(result_row(settings, user, text, initial_loss))
+        measured = zip(self.readers, self.initial_losses, self.local_losses, strict=True)
+        for (user, text), initial_loss, local in measured:
+            rows.append(result_row(settings, user, text, initial_loss, local))
         rows = processes.gather(rows)
         counts = processes.gather([counters(user) for user in self.users])
         refused = processes.total(len(self.server.refused))

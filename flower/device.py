@@ -27,6 +27,7 @@ from support.runs.checkpoint import restore_user, user_state
 from support.runs.evaluation import (
     check_loss,
     counters,
+    final_losses,
     initial_test_loss,
     metrics_line,
     result_row,
@@ -126,10 +127,12 @@ class Device:
         if state["round"] == number - 1:
             earlier_loss = state["train_loss"]
         if number > self.settings.rounds:
+            local = final_losses(self.settings, self.user, self.text)
             self.user.download(generalists)
             report["lines"].append(self.metrics_line(number - 1, earlier_loss))
             report["counters"] = counters(self.user)
-            report["row"] = result_row(self.settings, self.user, self.text, state["initial_loss"])
+            initial_loss = state["initial_loss"]
+            report["row"] = result_row(self.settings, self.user, self.text, initial_loss, local)
             return new
         if number > 1 and (number - 1) % self.settings.eval_every == 0:
             # The previous round is evaluated with its average, which arrives now.

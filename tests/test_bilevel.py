@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from bilevel import Level, Rhythm, alternate, constant, cosine, evaluate
+from bilevel import Level, Rhythm, alternate, constant, cosine, dense_gates, evaluate
 from federated import User
-from model import GENERALIST, ROUTER, SPECIALIST, dense_gates
+from model import GENERALIST, ROUTER, SPECIALIST
 from tiny import Batches, seeded, tiny, tiny_user
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bilevel import dense_gates
 from model import (
     BACKBONE,
     GENERALIST,
@@ -19,7 +20,6 @@ from model import (
     MLPExperts,
     MoE,
     Routing,
-    dense_gates,
     rope_cache,
 )
 from support.sampling import KVCache, generate

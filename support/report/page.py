@@ -16,9 +16,9 @@ import tiktoken
 import torch
 
 import data
-from bilevel import Batch, evaluate
+from bilevel import Batch, dense_gates, evaluate
 from data import Text
-from model import GENERALIST, GPT, dense_gates
+from model import GENERALIST, GPT
 from support.files import read_json, read_lines, write_text
 from support.runs.checkpoint import TrainedUser
 from support.sampling import stream

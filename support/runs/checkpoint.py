@@ -15,7 +15,7 @@ from support.errors import BadInput
 from support.files import write
 from support.runs.command_line import OUT_OF_MEMORY
 
-FORMAT = 6  # of checkpoints
+FORMAT = 7  # of checkpoints
 
 
 class TrainedUser(NamedTuple):

@@ -17,7 +17,7 @@ GROUPS = {  # the headings of train.py --help
     "users and experts": "users specialists generalists top_k method set expert lora_rank "
     "init_from dtype",
     "text": "data user_field text_field short_users target train_kb valid_kb tokenizer",
-    "learning": "batch_size block_size lr warmup weight_decay router_lr router_every "
+    "learning": "batch_size block_size lr warmup weight_decay router_lr router_decay router_every "
     "router_steps experts_see n_layer n_head n_embd",
     "federation": "rounds local_steps average participation drop_rate clip_update dp_noise",
     "run": "out resume overwrite eval_every save_every seed device compile",

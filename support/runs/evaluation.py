@@ -18,6 +18,15 @@ from support.server.privacy import sentence
 from support.text.trigram import trigram_loss
 
 DIVERGED = 100.0  # nats; a uniform guess has a loss below 11 with GPT-2's vocabulary
+# The columns of result.json whose means over the users it has, too.
+MEANS = (
+    "valid_ppl_local",
+    "valid_ppl",
+    "test_ppl_local",
+    "test_ppl",
+    "test_bpb_local",
+    "test_bpb",
+)
 CURVE_TOKENS = 2048  # tokens of a user's validation text for one point of its curve
 
 
@@ -78,15 +87,26 @@ def metrics_line(
     }
 
 
-def result_row(settings: Settings, user: User, text: Text, initial_loss: float) -> dict:
+def final_losses(settings: Settings, user: User, text: Text) -> dict[str, float]:
+    """The user's losses on its whole validation and test text, in nats per token."""
+    user.before_evaluation()
+    valid_loss, _ = evaluate_user(settings, user, whole_text(settings, text.valid))
+    test_loss, _ = evaluate_user(settings, user, whole_text(settings, text.test))
+    return {"valid": valid_loss, "test": test_loss}
+
+
+def result_row(
+    settings: Settings, user: User, text: Text, initial_loss: float, local: dict[str, float]
+) -> dict:
     """A user's row in result.json, from its whole validation and test text.
 
-    initial_loss: that of initial_test_loss, in nats.
+    initial_loss: that of initial_test_loss, in nats. local: the final_losses right after the
+    user's last local steps. The user now has the last average.
     """
     config = user.model.config
     valid_loss, _ = evaluate_user(settings, user, whole_text(settings, text.valid))
     test_loss, share = evaluate_user(settings, user, whole_text(settings, text.test))
-    test_bits = test_loss * (len(text.test) - 1) / math.log(2)  # of the whole text
+    bits_per_byte = (len(text.test) - 1) / math.log(2) / text.test_bytes  # of a loss of 1
     parameters = {}
     for role in ROLES:
         parameters[role] = sum(parameter.numel() for parameter in user.model.having(role).values())
@@ -97,10 +117,13 @@ def result_row(settings: Settings, user: User, text: Text, initial_loss: float) 
         "train_bytes": text.train_bytes,
         "train_tokens": len(text.train),
         "parameters": parameters,
+        "valid_ppl_local": math.exp(local["valid"]),
         "valid_ppl": math.exp(valid_loss),
         "test_ppl_start": math.exp(initial_loss),
+        "test_ppl_local": math.exp(local["test"]),
         "test_ppl": math.exp(test_loss),
-        "test_bpb": test_bits / text.test_bytes,
+        "test_bpb_local": local["test"] * bits_per_byte,
+        "test_bpb": test_loss * bits_per_byte,
         "trigram_ppl": math.exp(trigram_loss(text.train, text.test, config.vocab_size)),
         "generalist_share": share,
     }
@@ -134,7 +157,7 @@ def result_of(
     for name in ("tokens_seen", "bytes_up", "bytes_down"):
         result[name] = sum(user[name] for user in counts)
     result["refused"] = refused
-    for name in ("valid_ppl", "test_ppl", "test_bpb"):
+    for name in MEANS:
         result[f"mean_{name}"] = sum(row[name] for row in rows) / len(rows)
     return result | {"users": rows} | privacy
 
@@ -157,14 +180,18 @@ def table(result: dict, path: Path) -> str:
     """A result, to be printed. path: the folder of the run."""
     routed = METHODS[result["method"]].routed
     header = (
-        f"{'user':<14}{'experts':>9}{'parameters':>12}{'train kB':>10}{'test perplexity':>20}"
-        f"{'trigram':>9}{'bits/byte':>11}{'to generalists':>16}"
+        f"{'user':<14}{'experts':>9}{'parameters':>12}{'train kB':>10}{'untrained':>11}{'local':>8}"
+        f"{'averaged':>10}{'trigram':>9}{'bits/byte':>11}{'to generalists':>16}"
     )
     lines = [header]
     for user in result["users"]:
         lines.append(table_line(user, routed))
-    ppl, bpb = result["mean_test_ppl"], result["mean_test_bpb"]
-    lines.append(f"{'mean':<45}{'':>13}{ppl:<7.2f}{'':>9}{bpb:>11.3f}")
+    local, ppl = result["mean_test_ppl_local"], result["mean_test_ppl"]
+    bpb = result["mean_test_bpb"]
+    lines.append(f"{'mean':<45}{'':>11}{local:>8.2f}{ppl:>10.2f}{'':>9}{bpb:>11.3f}")
+    lines.append(
+        "test perplexity: before training, right after the last local steps, with the last average"
+    )
     sent = result["bytes_up"] / 1e6
     received = result["bytes_down"] / 1e6
     lines.append(
@@ -181,12 +208,13 @@ def table_line(user: dict, routed: bool) -> str:
     """A user's line of the table."""
     experts = f"{user['generalists']}G {user['specialists']}S"
     parameters = sum(user["parameters"].values())
-    perplexity = f"{user['test_ppl_start']:>10.1f} → {user['test_ppl']:<7.2f}"
+    start, local, averaged = (user[f"test_ppl{name}"] for name in ("_start", "_local", ""))
     share = "–"
     if routed:
         layers = user["generalist_share"]
         share = f"{sum(layers) / len(layers):.0%}"
     return (
         f"{user['name']:<14}{experts:>9}{parameters:>12,}{user['train_bytes'] / 1000:>10.0f}"
-        f"{perplexity}{user['trigram_ppl']:>9.2f}{user['test_bpb']:>11.3f}{share:>15}"
+        f"{start:>11.1f}{local:>8.2f}{averaged:>10.2f}"
+        f"{user['trigram_ppl']:>9.2f}{user['test_bpb']:>11.3f}{share:>16}"
     )

@@ -1,6 +1,5 @@
 """The folder of a run: its files, its lock, and how to resume a run in it."""
 
-import ast
 import hashlib
 import itertools
 import os
@@ -22,27 +21,16 @@ from support.errors import BadInput
 from support.files import locked, read_json, write_json, write_lines
 from support.pretrained.base import Base
 from support.runs.checkpoint import damaged, load_checkpoint, save_checkpoint
+from support.runs.code import code_digest
 from support.runs.command_line import parse_all
 from support.runs.flags import flags, refuse
 from support.runs.settings import Settings, one_per_user, plain
 
-FORMAT = 5  # of config.json
+FORMAT = 6  # of config.json
 FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "result.json", "page.html")
 
 
 # --- config.json ---
-
-# The code that decides the results.
-NUMERIC_CODE = (
-    "model",
-    "lora",
-    "bilevel",
-    "federated",
-    "methods",
-    "rivals",
-    "data",
-    "support/kernels",
-)
 
 
 def config_of(settings: Settings, base: Base, texts: list[Text]) -> dict:
@@ -56,9 +44,10 @@ def config_of(settings: Settings, base: Base, texts: list[Text]) -> dict:
     return {
         "format": FORMAT,
         "settings": plain(settings) | {"resume": False},
+        "hyper": settings.hyper,
         "base": describe_base(base),
         "texts": describe_texts(texts),
-        "code": code_digest(),
+        "code": code_digest(settings.method),
         "versions": versions,
         "threads": torch.get_num_threads(),
     }
@@ -79,20 +68,6 @@ def describe_texts(texts: list[Text]) -> list[list[str]]:
     return described
 
 
-def code_digest() -> str:
-    """A digest of the code that decides the results, without comments and docstrings."""
-    digest = hashlib.sha256()
-    for name in NUMERIC_CODE:
-        source = (Path(__file__).parents[2] / f"{name}.py").read_text(encoding="utf-8")
-        tree = ast.parse(source)
-        for node in ast.walk(tree):
-            documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-            if documented and ast.get_docstring(node) is not None:
-                del node.body[0]
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()[:16]
-
-
 def read_config(path: Path) -> dict:
     """A config.json. Raises BadInput."""
     try:
@@ -106,8 +81,7 @@ def read_config(path: Path) -> dict:
 
 def runs_of_other_code(configs: list[dict]) -> int:
     """The number of runs that were made by different code."""
-    here = code_digest()
-    return sum(config.get("code") != here for config in configs)
+    return sum(config["code"] != code_digest(config["settings"]["method"]) for config in configs)
 
 
 INPUTS = (
@@ -190,7 +164,7 @@ class Folder:
                 f"`resume`: the run in {self.path} has ended; `overwrite` starts a new one"
             )
         begun = read_config(self.path / "config.json")
-        for key, setting in (("base", "init_from"), ("texts", "data")):
+        for key, setting in (("base", "init_from"), ("texts", "data"), ("hyper", "method")):
             if begun[key] != self.config[key]:
                 raise BadInput(
                     f"`{setting}`: has changed since the run in {self.path} began; restore it, or "

@@ -107,6 +107,9 @@ class SummingServer(Server):
         return total(len(uploads))
 
 
+LISTS = ("users", "initial_losses", "local_losses")  # of a checkpoint, with an entry per user
+
+
 class SharedFolder:
     """A run's folder under torchrun: the first process reads and writes it for all."""
 
@@ -123,7 +126,7 @@ class SharedFolder:
 
     def save(self, state: dict) -> None:
         state = dict(state)
-        for name in ("users", "initial_losses"):
+        for name in LISTS:
             state[name] = gather(state[name])
         refused = []
         for of_process in gather([state["server"]["refused"]]):
@@ -136,7 +139,7 @@ class SharedFolder:
         state, *_ = gather([self.folder.load() if self.folder is not None else None])
         if state is None:
             return None
-        for name in ("users", "initial_losses"):
+        for name in LISTS:
             state[name] = mine(state[name])
         if not is_first():
             state["server"]["refused"] = []  # the first process keeps those of all

@@ -52,7 +52,9 @@ class Training:
     warmup: int | None = setting(
         None, "steps until the highest learning rate; at most a fifth of all steps", int, low=0
     )
-    weight_decay: float = setting(0.1, "AdamW's weight decay; none for routers", float, low=0)
+    weight_decay: float = setting(
+        0.1, "AdamW's weight decay; none for biases, norms and embeddings", float, low=0
+    )
     n_layer: int | None = setting(
         None, "layers (default: 3, or those of the base)", int, low=1, high=1000
     )
@@ -108,7 +110,7 @@ class Settings(Training):
     generalists: int = setting(1, "generalist experts in a layer", int, low=0, high=1000)
     top_k: int = setting(
         2,
-        "experts per token, at most a user's number of experts; with 1 the router doesn't learn",
+        "experts per token, at most a user's number of experts",
         int,
         low=1,
     )
@@ -189,6 +191,7 @@ class Settings(Training):
         float,
         above=0,
     )
+    router_decay: float = setting(0.0, "the routers' weight decay", float, low=0)
     router_every: int = setting(30, "expert steps between two turns of the router", int, low=1)
     router_steps: int | None = setting(None, "router steps in each turn", int, low=0)
     rounds: int | None = setting(None, "communication rounds", int, low=1)
@@ -271,6 +274,8 @@ class Settings(Training):
         text = Path(self.data).resolve().name
         base = Path(self.init_from).name
         router = f"{self.top_k} for each token" if method.routed else "no router"
+        if method.by_kind:
+            router = "a weight for each kind and token"
         return (
             f"{self.method}: {method.summary}. Text: {text}, target: {self.target}. "
             f"Base: {base}. Experts: {self.expert}, {router}. "
@@ -392,6 +397,8 @@ def check_method(settings: Settings) -> None:
         refuse("method", name, "needs LoRA adapters", "use `expert` lora, and a base")
     if method.needs == "both" and min(settings.generalists, *settings.specialists) == 0:
         refuse("method", name, "needs both kinds of experts", "use at least 1 of each")
+    if method.by_kind and settings.top_k != 2:
+        refuse("top_k", settings.top_k, f"`method` {name} weighs two kinds", "leave it out")
     if method.sizes == "nothing" and sizes_differ:
         refuse("method", name, "needs users of the same size", "use one number of `specialists`")
     if method.sizes != "ranks" and lora and ranks_differ:
