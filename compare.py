@@ -77,7 +77,7 @@ def finish(settings: Settings, anew: bool, bar: tqdm) -> Path:
         these = {"out": settings.out, "overwrite": settings.overwrite}
         same = Settings(**config["settings"] | these) == settings
         if same and config["hyper"] == settings.hyper:
-            if anew and config["code"] != code_digest(settings.method):
+            if anew and config.get("code") != code_digest(settings.method):
                 settings = replace(settings, overwrite=True)
             elif (folder / "result.json").exists():
                 bar.update(settings.rounds * settings.users)

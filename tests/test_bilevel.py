@@ -7,7 +7,7 @@ import torch
 
 from bilevel import Level, Rhythm, alternate, constant, cosine, dense_gates, evaluate
 from federated import User
-from model import GENERALIST, ROUTER, SPECIALIST
+from model import BACKBONE, GENERALIST, ROUTER, SPECIALIST
 from tiny import Batches, seeded, tiny, tiny_user
 
 
@@ -69,7 +69,12 @@ def test_alternation_equals_a_naive_one():
     naive = tiny_user(specialists=2).model
     experts = list(naive.having(GENERALIST, SPECIALIST).values())
     router = list(naive.having(ROUTER).values())
-    expert_optimizer = torch.optim.AdamW(experts, betas=(0.9, 0.95), weight_decay=0.1)
+    matrices = [parameter for parameter in experts if parameter.dim() > 1]
+    embeddings = [naive.token_embedding.weight, naive.position_embedding.weight]
+    decayed = [p for p in matrices if all(p is not embedding for embedding in embeddings)]
+    others = [p for p in experts if all(p is not matrix for matrix in decayed)]
+    groups = [dict(params=decayed, weight_decay=0.1), dict(params=others, weight_decay=0.0)]
+    expert_optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     router_optimizer = torch.optim.AdamW(router, 1e-2, betas=(0.9, 0.95), weight_decay=0.0)
     train, valid = Batches(0), Batches(100)
 
@@ -83,7 +88,8 @@ def test_alternation_equals_a_naive_one():
 
     losses = []
     for step in range(6):
-        expert_optimizer.param_groups[0]["lr"] = 1e-2 * factor(step)
+        for group in expert_optimizer.param_groups:
+            group["lr"] = 1e-2 * factor(step)
         losses.append(naive_step(experts, expert_optimizer, next(train)))
         if step in (2, 5):  # the third and the sixth
             for _ in range(2):
@@ -114,9 +120,10 @@ def test_without_an_upper_level_only_experts_step():
     assert user.upper.steps == 0
 
 
-def test_weight_decay_shrinks_every_parameter_of_a_level_biases_norms_and_embeddings_too():
-    """With a gradient of 0, AdamW multiplies by 1 − lr · decay = 0.99. Routers have no decay."""
-    model = tiny(specialists=2)
+@pytest.mark.parametrize("kind", [{}, {"expert": "lora"}])
+def test_weight_decay_shrinks_matrices_but_no_bias_norm_or_embedding(kind):
+    """With a gradient of 0, AdamW multiplies by 1 − lr · decay = 0.99."""
+    model = tiny(specialists=2, **kind)
 
     class Flat(Level):
         def objective(self, model, idx, targets):
@@ -125,10 +132,13 @@ def test_weight_decay_shrinks_every_parameter_of_a_level_biases_norms_and_embedd
 
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     batches = itertools.repeat((None, None))
-    Flat(model.having(GENERALIST, SPECIALIST), batches, lr=0.1, weight_decay=0.1).step(model)
-    Flat(model.having(ROUTER), batches, lr=0.1).step(model)
+    for roles in ((GENERALIST, SPECIALIST), (ROUTER,)):
+        Flat(model.having(*roles), batches, lr=0.1, weight_decay=0.1).step(model)
+    undecayed = {"token_embedding.weight", "position_embedding.weight"}
     for name, parameter in model.named_parameters():
-        factor = 1.0 if model.roles[name] == ROUTER else 0.99
+        trained = model.roles[name] != BACKBONE
+        decayed = trained and parameter.dim() == 2 and name not in undecayed
+        factor = 0.99 if decayed else 1.0
         torch.testing.assert_close(parameter.detach(), factor * before[name])
 
 

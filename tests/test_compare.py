@@ -2,8 +2,10 @@
 
 import csv
 import json
+import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,21 @@ import compare
 import train
 from conftest import TINY, refusal
 from lab import experiments
+from methods import METHODS
 from support.errors import Diverged
-from support.report.tables import cells_of, curves, latex, markdown, summarize, table
+from support.report.intervals import behind, paired_interval, t_quantile
+from support.report.tables import (
+    PROTOCOLS,
+    Row,
+    clear_winners,
+    costs,
+    curves,
+    lags,
+    latex,
+    markdown,
+    summarize,
+    table,
+)
 from support.runs.command_line import parsed
 
 SHORT = f"{' '.join(TINY)} --rounds 1 --specialists 1 --data text"
@@ -42,15 +57,18 @@ def records(path: str) -> list[dict]:
 
 def test_the_tables_hold_all_results(compared):
     assert compared() == 0
-    runs = [result("local", 0.006, seed) for seed in (0, 1)]
+    runs = [result("comigs", 0.006, seed) for seed in (0, 1)]
     text = Path("out/table.md").read_text()
-    mean = sum(run["mean_test_ppl"] for run in runs) / 2
-    assert f"{mean:.2f} ±" in text.splitlines()[3]
+    lines = [line for line in text.splitlines() if line.startswith("| comigs |")]
+    for line, name in zip(lines, ("mean_test_ppl_local", "mean_test_ppl"), strict=False):
+        mean = sum(run[name] for run in runs) / 2
+        assert f"{mean:.2f} ±" in line
     for part in ("anna", "no training", "trigram", "Text: text, target: own.", "2 seeds", "hurt: "):
         assert part in text
     assert "local & 0.006 &" in Path("out/table.tex").read_text()
-    test_ppl = [float(row["test_ppl"]) for row in records("out/table.csv") if row["row"] == "local"]
-    assert test_ppl == [user["test_ppl"] for run in runs for user in run["users"]]
+    for name in ("test_ppl", "test_ppl_local"):
+        found = [float(row[name]) for row in records("out/table.csv") if row["row"] == "comigs"]
+        assert found == [user[name] for run in runs for user in run["users"]]
     assert {row["user"] for row in records("out/curves.csv")} == {"anna", "bert", "cleo"}
 
 
@@ -76,8 +94,8 @@ def test_a_run_that_was_cut_off_is_resumed_and_other_settings_are_refused(compar
 
 def test_a_run_of_other_code_is_reported_and_anew_repeats_it(compared, monkeypatch, capsys):
     assert compared() == 0
-    monkeypatch.setattr("compare.code_digest", lambda: "other")
-    monkeypatch.setattr("support.runs.folder.code_digest", lambda: "other")
+    monkeypatch.setattr("compare.code_digest", lambda method: "other")
+    monkeypatch.setattr("support.runs.folder.code_digest", lambda method: "other")
     capsys.readouterr()
     assert compared() == 0
     assert "4 of these 4 runs were made by other code" in capsys.readouterr().err
@@ -85,6 +103,16 @@ def test_a_run_of_other_code_is_reported_and_anew_repeats_it(compared, monkeypat
     capsys.readouterr()
     assert compared() == 0
     assert "code" not in capsys.readouterr().err
+
+
+def test_a_run_isnt_taken_for_one_with_other_hyper_parameters_of_its_row(
+    compared, monkeypatch, capsys
+):
+    assert compared("--methods pfedmoe --seeds 1") == 0
+    row = replace(METHODS["pfedmoe"], hyper={"balance": 0.9})
+    monkeypatch.setitem(METHODS, "pfedmoe", row)
+    assert compared("--methods pfedmoe --seeds 1") == 2
+    assert "holds a run" in capsys.readouterr().err
 
 
 def test_a_run_with_other_text_under_the_same_name_is_reported(compared, corpus, capsys):
@@ -127,12 +155,14 @@ def test_a_run_that_diverges_is_reported_and_the_others_make_the_table(
     assert compared() == 0
     assert "local, seed 1: --lr 0.006: the loss has grown" in capsys.readouterr().err
     rows = json.loads(Path("out/table.json").read_text())
-    assert len(rows["comigs"]["mean"]) == 2
-    assert len(rows["local (1 of 2 seeds)"]["mean"]) == 1
+    assert len(rows["comigs"]["measured"]["averaged"]["mean"]) == 2
+    assert rows["local (1 of 2 seeds)"]["seeds"] == [0]
 
 
-def fake_run(folder: Path, seed: int, *perplexities: float) -> Path:
-    """The folder of a run with a user for each perplexity."""
+def fake_run(
+    folder: Path, seed: int, *perplexities: float, method: str = "comigs", see: str = "train"
+) -> Path:
+    """The folder of a run with a user for each perplexity; before the last average it was half."""
     folder.mkdir()
     users = []
     for i, perplexity in enumerate(perplexities):
@@ -141,17 +171,21 @@ def fake_run(folder: Path, seed: int, *perplexities: float) -> Path:
             {
                 "name": f"u{i}",
                 "test_ppl": perplexity,
+                "test_ppl_local": perplexity / 2,
                 "test_ppl_start": 9.0,
                 "trigram_ppl": 8.0,
                 "parameters": parameters,
             }
         )
     mean = sum(perplexities) / len(perplexities)
+    config = {"settings": {"method": method, "experts_see": see}}
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "result.json").write_text(
         json.dumps(
             {
                 "users": users,
                 "mean_test_ppl": mean,
+                "mean_test_ppl_local": mean / 2,
                 "bytes_up": 400,
                 "bytes_down": 800,
                 "rounds": 10,
@@ -172,34 +206,95 @@ def test_a_row_worked_by_hand(tmp_path):
     local = [fake_run(tmp_path / "d", 1, 5.0, 9.0), fake_run(tmp_path / "c", 0, 3.0, 5.0)]
     row = summarize(ours, {"0.1": 7.0, "0.2": 6.0}, local)
     assert row.choice == "0.2"
-    assert row.users == {"u0": [2, 4], "u1": [6, 8]}
-    assert row.mean == [4, 6]
-    assert row.worst == [6, 8]
-    assert row.hurt == 0.25  # one of four: 6 against 5
+    averaged = row.measured["averaged"]
+    assert averaged.users == {"u0": [2, 4], "u1": [6, 8]}
+    assert row.measured["local"].users == {"u0": [1, 2], "u1": [3, 4]}
+    assert averaged.mean == [4, 6]
+    assert row.measured["local"].mean == [2, 3]
+    assert averaged.worst == [6, 8]
+    assert averaged.hurt == 0.25  # one of four: 6 against 5
     assert row.trained == 21
     assert row.sent == 15
     assert row.bytes_up == 20
     assert row.bytes_down == 40
     assert row.valid_loss_by_round == {0: 4.0, 10: 1.5}
-    assert cells_of("ours", row)[:9] == [
-        "ours",
-        "0.2",
-        "3.00 ± 1.41",
-        "7.00 ± 1.41",
-        "5.00 ± 1.41",
-        "7.00 ± 1.41",
-        "25%",
-        "21",
-        "15",
-    ]
-    assert summarize(ours, {"0.2": 6.0}, []).hurt is None
-    assert [cells[0] for cells in table({"ours": row})] == ["", "ours", "no training", "trigram"]
+    cells = table({"ours": row}, "averaged")
+    assert [line[0] for line in cells] == ["", "ours", "no training", "trigram"]
+    means = ["3.00 ± 1.41", "7.00 ± 1.41", "**5.00 ± 1.41**"]
+    assert cells[1] == ["ours", "0.2", *means, "first", "7.00 ± 1.41", "25%"]
+    assert costs({"ours": row})[1] == ["ours", "21", "15", "0", "0", "3"]
+    assert summarize(ours, {"0.2": 6.0}, []).measured["averaged"].hurt is None
     assert curves({"ours": row})[1] == ["ours", "4.000", "1.500"]
+
+
+# --- intervals, and who is first
+
+
+def test_a_paired_interval_worked_by_hand():
+    """Differences 1, 2, 3: mean 2, s = 1, t = 4.303 with two degrees of freedom."""
+    interval = paired_interval([1.0, 2.0, 3.0])
+    assert interval.mean == 2
+    assert interval.low == pytest.approx(2 - 4.3027 / 3**0.5, abs=1e-3)
+    assert interval.high == pytest.approx(2 + 4.3027 / 3**0.5, abs=1e-3)
+    assert interval.is_level
+    assert not paired_interval([2.0, 2.1, 2.2]).is_level
+    assert paired_interval([2.0]) == (2.0, -math.inf, math.inf)
+
+
+@pytest.mark.parametrize(("degrees", "t"), [(1, 12.706), (3, 3.182), (11, 2.201), (100, 1.984)])
+def test_quantiles_of_students_t_are_those_of_the_tables(degrees, t):
+    assert t_quantile(degrees) == pytest.approx(t, abs=1e-3)
+
+
+def test_how_far_a_row_is_behind_is_paired_by_seed_and_user():
+    """10 % in each pair, whatever the perplexities. A pair that one row lacks is left out."""
+    theirs = {(0, "a"): 2.0, (0, "b"): 50.0, (1, "a"): 3.0}
+    ours = {key: 1.1 * ppl for key, ppl in theirs.items()} | {(1, "b"): 999.0}
+    assert behind(ours, theirs) == pytest.approx((0.1, 0.1, 0.1))
+
+
+def row_of(folder: Path, *by_seed: tuple, **more) -> Row:
+    folder.mkdir()
+    runs = []
+    for seed, perplexities in enumerate(by_seed):
+        runs.append(fake_run(folder / str(seed), seed, *perplexities, **more))
+    return summarize(runs, {"0.1": 1.0}, [])
+
+
+def test_the_first_mean_is_bold_only_if_no_other_row_is_level(tmp_path):
+    """Rows whose experts learn from more text are never first."""
+    best = row_of(tmp_path / "best", (2.0, 4.0), (2.02, 4.02))
+    near = row_of(tmp_path / "near", (2.1, 3.95), (2.0, 4.1))
+    far = row_of(tmp_path / "far", (3.0, 6.0), (3.1, 6.1))
+    cheats = {
+        "centralized": row_of(tmp_path / "pooled", (1.0, 1.0), (1.0, 1.0), method="centralized"),
+        "leaky": row_of(tmp_path / "leaky", (1.0, 1.0), (1.0, 1.0), method="comigs-leaky"),
+        "both": row_of(tmp_path / "both", (1.0, 1.0), (1.0, 1.0), see="both"),
+    }
+    for protocol in PROTOCOLS:
+        rows = {"far": far, "best": best} | cheats
+        assert clear_winners(rows, protocol) == ["best"]
+        assert lags(rows, protocol)["best"] is None
+        assert lags(rows, protocol)["far"].low > 0.4
+        assert lags(rows, protocol)["both"].high < 0
+        rows["near"] = near
+        assert clear_winners(rows, protocol) == []
+        assert table(rows, protocol)[-3][5].startswith("level: ")
+    assert table(rows, "averaged")[2][4:6] == ["3.01 ± 0.01", "first"]
+
+
+def test_rows_are_compared_with_rows_of_the_same_text_only(tmp_path):
+    little = row_of(tmp_path / "little", (9.0, 9.0))
+    little.trigram = [10.0, 10.0]
+    much = row_of(tmp_path / "much", (2.0, 2.0))
+    intervals = lags({"little": little, "much": much}, "averaged")
+    assert intervals == {"little": None, "much": None}
 
 
 def test_markdown_and_latex():
     assert markdown([["", "a"], ["b", "c"]]) == "|  | a |\n| --- | --- |\n| b | c |"
     assert r"50\% \& a\_b & 1 $\pm$ 2 \\" in latex([["", "a"], ["50% & a_b", "1 ± 2"]], "")
+    assert r"\textbf{1.00}" in latex([["", "a"], ["b", "**1.00**"]], "")
 
 
 def test_a_plot_is_a_picture(compared):

@@ -302,17 +302,3 @@ def test_a_folder_in_which_another_run_works_is_refused(capsys):
         assert "another process works in it; wait, or" in refusal(capsys, command(flag, "cut"))
     del other
     assert train.main(command("--overwrite", "cut")) == 0
-
-
-def test_the_digest_of_the_code_ignores_comments_and_docstrings(tmp_path, monkeypatch):
-    def digest(source: str) -> str:
-        for name in folder.NUMERIC_CODE:
-            path = tmp_path / f"{name}.py"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(source)
-        return folder.code_digest()
-
-    monkeypatch.setattr(folder, "__file__", str(tmp_path / "support" / "runs" / "folder.py"))
-    one = digest('"""One."""\ndef f():\n    """One."""\n    return 1  # one\n')
-    assert one == digest('"""Two."""\n\ndef f():\n    """Two."""\n    return 1\n')
-    assert one != digest('"""One."""\ndef f():\n    """One."""\n    return 2  # one\n')

@@ -52,7 +52,8 @@ def dense_mixture(moe: MoE, x: Tensor, gates: Tensor | None = None) -> Tensor:
         scores = x @ moe.router.linear.weight.T  # (B, T, E)
         kth = scores.sort(descending=True).values[..., moe.router.top_k - 1, None]
         weights = scores.exp() * (scores >= kth)
-        gates = weights / weights.sum(-1, keepdim=True)
+        all_weights = scores.exp() if moe.router.top_k == 1 else weights
+        gates = weights / all_weights.sum(-1, keepdim=True)
     return sum(gates[..., e, None] * expert(x) for e, expert in enumerate(experts_of(moe)))
 
 
@@ -146,15 +147,51 @@ def test_gates_are_a_softmax_over_the_selected_scores_worked_by_hand():
     assert routing.gates[0].tolist() == pytest.approx([math.e / (1 + math.e), 1 / (1 + math.e)])
 
 
-def test_with_top_1_the_gate_is_1_and_the_router_gets_no_gradient():
+def test_with_top_1_the_gate_is_a_probability_of_all_experts_so_that_the_router_learns():
+    """Worked by hand for one token; with a single expert the gate is 1."""
+    router = tiny(specialists=2, top_k=1).blocks[0].moe.router
+    with torch.no_grad():
+        router.linear.weight.zero_()[:, 0] = torch.tensor([1.0, 3.0, 2.0]).log()
+    routing = router(torch.eye(8, dtype=torch.float64)[:1])
+    assert routing.selected.tolist() == [[1]]
+    assert routing.gates[0].tolist() == pytest.approx([3 / 6])
+    assert (tiny(specialists=0, top_k=1).trunk(torch.zeros(1, 6).long())[1][0].gates == 1).all()
+
     model = tiny(specialists=2, top_k=1)
-    idx, targets = torch.randint(11, (2, 2, 6), generator=seeded(0))
-    _, routings = model.trunk(idx)
-    assert (routings[0].gates == 1).all()
-    _, loss = model(idx, targets)
+    _, loss = model(*torch.randint(11, (2, 2, 6), generator=seeded(0)))
     loss.backward()
     for parameter in model.having(ROUTER).values():
-        assert not parameter.grad.any()
+        assert parameter.grad.any()
+
+
+def test_a_router_by_kind_shares_a_kinds_weight_evenly_among_its_experts():
+    """Worked by hand: scores ln 1 and ln 3, two generalists and three specialists."""
+    router = tiny(generalists=2, specialists=3, by_kind=True).blocks[0].moe.router
+    assert router.linear.weight.shape == (2, 8)
+    with torch.no_grad():
+        router.linear.weight.zero_()[:, 0] = torch.tensor([1.0, 3.0]).log()
+    routing = router(torch.eye(8, dtype=torch.float64)[:1])
+    assert routing.selected.tolist() == [[0, 1, 2, 3, 4]]
+    assert routing.gates[0].tolist() == pytest.approx([1 / 8, 1 / 8, 1 / 4, 1 / 4, 1 / 4])
+
+
+def test_with_one_expert_of_each_kind_a_router_by_kind_is_the_plain_one():
+    idx = torch.randint(11, (2, 6), generator=seeded(0))
+    plain, by_kind = (tiny(by_kind=by_kind)(idx)[0] for by_kind in (False, True))
+    assert torch.equal(plain, by_kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_whose_fixed_gate_is_0_are_skipped_and_nothing_changes(kind):
+    """The output and all gradients are those of all experts, which is the oracle."""
+    model = tiny(specialists=3, **kind)
+    moe = model.blocks[0].moe
+    x = random_input(2, 5, 8)
+    gates = torch.tensor([0.0, 0.25, 0.0, 0.75], dtype=torch.float64)
+    _, routing = moe(x, gates)
+    assert routing.selected.tolist() == [[1, 3]] * 10
+    inputs = [x, *(p for p in moe.experts.parameters() if p.requires_grad)]
+    assert_same_output_and_gradients(moe(x, gates)[0], dense_mixture(moe, x, gates), inputs)
 
 
 def test_dense_gates_of_its_docstring():

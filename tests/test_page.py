@@ -243,9 +243,10 @@ def test_a_browser_draws_the_page(played, tmp_path):
     elements, text = drawn(tmp_path / "run" / "page.html")
     assert f"{content['headline']}comigs: generalists are averaged" in text
     for user in played["users"]:
-        assert f"{user['test_ppl_start']:.1f} → {user['test_ppl']:.2f}" in text
+        numbers = f"{user['test_ppl_start']:.1f}{user['test_ppl_local']:.2f}{user['test_ppl']:.2f}"
+        assert numbers in text
     assert NASTY * 2 in text
-    assert f"mean{played['mean_test_ppl']:.2f}" in text
+    assert f"mean{played['mean_test_ppl_local']:.2f}{played['mean_test_ppl']:.2f}" in text
     points = [curve.count(",") for curve in re.findall('points="(.*?)"', elements)]
     assert points == [2, 3] * 3  # training and validation, of each user
     gates = shown_gates(content["own"][0], len(content["own"][0]["tokens"]))[0]

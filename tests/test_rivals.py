@@ -85,7 +85,8 @@ def test_hetlora_sends_each_user_its_ranks_and_keeps_those_of_absent_users():
 
 
 def test_hetloras_penalty_worked_by_hand():
-    """Ranks 2, the second is the tail: 12 adapters, ‖A[1]‖ = 5, ‖B[:, 1]‖ = 2, λ = 0.01."""
+    """Ranks 2, the second is the tail: 8 adapters of experts (2 layers, 2 experts, 2 matrices), not
+    attention's 4. ‖A[1]‖ = 5, ‖B[:, 1]‖ = 2, λ = 0.01."""
     user = lora_user("hetlora", lora_rank=2)
     batch = next(Batches(0))
     with torch.no_grad():
@@ -96,7 +97,7 @@ def test_hetloras_penalty_worked_by_hand():
             each.lora_B[0, 1] = 2
     loss, objective = user.lower.objective(user.model, *batch)
     assert loss.item() == user.model(*batch)[1].item()
-    assert (objective - loss).item() == pytest.approx(0.01 * 12 * 5 * 2)
+    assert (objective - loss).item() == pytest.approx(0.01 * 8 * 5 * 2)
 
 
 def test_self_pruning_keeps_all_but_a_hundredth_of_the_ranks_and_at_least_one():
@@ -192,7 +193,7 @@ def test_the_load_balancing_loss_worked_by_hand():
     assert load_balancing_loss(routing).item() == pytest.approx(3 * 22 / 64)
 
 
-def test_pfedmoe_adds_a_hundredth_of_the_layers_balancing_losses_and_reports_the_loss_alone():
+def test_pfedmoe_adds_a_hundredth_of_the_mean_balancing_loss_and_reports_the_loss_alone():
     """The oracle computes them from what the routers see, which is the normalized input."""
     user = lora_user("pfedmoe", specialists=2)
     batch = next(Batches(0))
@@ -205,7 +206,7 @@ def test_pfedmoe_adds_a_hundredth_of_the_layers_balancing_losses_and_reports_the
     balancing = 0
     for block, normalized in zip(user.model.blocks, seen, strict=True):
         balancing += load_balancing_loss(block.moe.router(normalized)).item()
-    assert (objective - loss).item() == pytest.approx(0.01 * balancing)
+    assert (objective - loss).item() == pytest.approx(0.01 * balancing / 2)  # two layers
     reported = user.lower.step(user.model).item()
     assert reported == loss.item() == lora_user(specialists=2).model(*batch)[1].item()
 

@@ -15,6 +15,7 @@ import train
 from conftest import NAMES, SCHEDULE, TINY, begun, command, refusal, run, same, state
 from methods import METHODS, OWN
 from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig
+from rivals import FDLoRAUser
 from support.files import read_lines
 from support.pretrained.base import load
 from support.runs import command_line, evaluation, folder
@@ -39,16 +40,23 @@ def test_a_run_writes_its_result(capsys):
     assert result["tokens_seen"] == 3 * (6 + 3) * 2 * 8  # users × steps × windows × tokens
     assert [user["name"] for user in result["users"]] == list(NAMES)
     assert [user["specialists"] for user in result["users"]] == [0, 1, 3]
-    for name in ("valid_ppl", "test_ppl", "test_bpb"):
+    for name in evaluation.MEANS:
         mean = sum(user[name] for user in result["users"]) / 3
         assert result[f"mean_{name}"] == pytest.approx(mean)
     for user in result["users"]:
         assert user["test_ppl"] < user["test_ppl_start"] == pytest.approx(257, rel=0.1)
+        assert user["test_ppl_local"] != user["test_ppl"]
         assert 0 < user["generalist_share"][0] <= 1
         bits = math.log2(user["test_ppl"])
         assert user["test_bpb"] == pytest.approx(bits, rel=1e-3)  # a token is a byte
     printed = capsys.readouterr().out
-    for pattern in (*NAMES, r"\d → \d", "mean", "all files are in run", r"report: run/page\.html"):
+    for pattern in (
+        *NAMES,
+        "untrained +local +averaged",
+        "mean",
+        "all files are in run",
+        r"report: run/page\.html",
+    ):
         assert re.search(pattern, printed)
 
 
@@ -92,7 +100,7 @@ def test_the_training_loss_of_a_line_is_the_mean_over_the_rounds_steps():
     """The oracle takes the steps of the first round one by one."""
     run("--rounds 1 --local-steps 4 --router-every 9")
     again = begun("--rounds 1 --local-steps 4", out="again")
-    again.broadcast(counted=False)
+    again.evaluate_untrained(tqdm(disable=True))
     lines = read_lines(Path("run/metrics.jsonl"))[3:]
     for user, line in zip(again.users, lines, strict=True):
         losses = [user.lower.step(user.model).item() for _ in range(4)]
@@ -116,7 +124,60 @@ def test_a_curve_reads_a_few_windows_and_the_end_reads_everything(monkeypatch):
     valid = [len(text.valid) - 1 for text in again.texts]
     test = [len(text.test) - 1 for text in again.texts]
     end = [size for pair in zip(valid, test, strict=True) for size in pair]
-    assert sizes == [*test, *[5 * 8] * 9, *end]
+    assert sizes == [*test, *[5 * 8] * 6, *end, *[5 * 8] * 3, *end]
+
+
+def perplexity(model: GPT, tokens: np.ndarray) -> float:
+    loss, _ = evaluation.evaluate(model, data.ordered_windows(tokens, 8))
+    return math.exp(loss)
+
+
+def test_two_users_are_tested_before_and_after_the_last_average_by_hand():
+    """Both train for a round on copies of the models, then their generalists are averaged."""
+    flags = "--users 2 --specialists 1 --rounds 1 --router-every 9"
+    result = run(flags)
+    again = begun(flags, out="again")
+    again.evaluate_untrained(tqdm(disable=True))
+    for user in again.users:
+        for _ in range(2):
+            user.lower.step(user.model)
+    for user, text, row in zip(again.users, again.texts, result["users"], strict=True):
+        assert row["test_ppl_local"] == pytest.approx(perplexity(user.model, text.test))
+        assert row["valid_ppl_local"] == pytest.approx(perplexity(user.model, text.valid))
+        bits = math.log2(row["test_ppl_local"]) * (len(text.test) - 1) / text.test_bytes
+        assert row["test_bpb_local"] == pytest.approx(bits)
+    one, two = (user.model.having(GENERALIST) for user in again.users)
+    with torch.no_grad():
+        for name, parameter in one.items():
+            mean = (parameter + two[name]) / 2
+            parameter.copy_(mean)
+            two[name].copy_(mean)
+    for user, text, row in zip(again.users, again.texts, result["users"], strict=True):
+        assert row["test_ppl"] == pytest.approx(perplexity(user.model, text.test))
+        assert row["valid_ppl"] == pytest.approx(perplexity(user.model, text.valid))
+
+
+def test_an_evaluation_in_between_leaves_a_user_that_isnt_selected_as_it_is():
+    """Its local perplexity at the end doesn't depend on how often all users were evaluated."""
+    flags = "--participation 0.34 --rounds 3 --eval-every"  # one user in each round
+    results = [run(f"{flags} {every}", out=str(every))["users"] for every in (1, 3)]
+    assert results[0] == results[1]
+
+
+def test_fdlora_fuses_anew_at_each_of_the_two_moments(monkeypatch):
+    searches = []
+    fuse = FDLoRAUser.before_evaluation
+
+    def watched(user):
+        fuse(user)
+        generalists = user.model.having(GENERALIST).values()
+        searches.append((user.name, sum(p.double().sum().item() for p in generalists)))
+
+    monkeypatch.setattr(FDLoRAUser, "before_evaluation", watched)
+    run("--method fdlora --specialists 1 --rounds 1")
+    of_anna = [number for name, number in searches if name == "anna"]
+    assert len(of_anna) == 3  # untrained, local, averaged
+    assert len(set(of_anna)) == 3
 
 
 @pytest.mark.parametrize(
@@ -132,7 +193,7 @@ def test_results_are_those_of_the_models_in_the_checkpoint_on_all_test_text(more
     result = run(more, lora=lora)
     saved = state()
     fresh = begun(more, "again", lora)
-    fresh.broadcast(counted=False)
+    fresh.evaluate_untrained(tqdm(disable=True))
 
     def perplexity(model: GPT, gates: torch.Tensor | None, tokens: np.ndarray) -> float:
         nats = 0.0
@@ -239,16 +300,17 @@ def test_weights_and_batches_are_the_users_own_and_follow_from_the_seed():
     ],
 )  # selected twice, probably
 def test_each_level_gets_its_text_rate_and_schedule(more, expert_text, router_text, steps):
-    ready = begun(f"--lr 0.5 --router-lr 0.25 --weight-decay 0.125 {more}")
+    rates = "--lr 0.5 --router-lr 0.25 --weight-decay 0.125 --router-decay 0.0625"
+    ready = begun(f"{rates} {more}")
     for user, text in zip(ready.users, ready.texts, strict=True):
         expected = np.concatenate([getattr(text, split) for split in expert_text])
         assert np.array_equal(user.lower.batches.texts[0], expected)
         assert np.array_equal(user.upper.batches.texts[0], getattr(text, router_text))
         assert not torch.equal(next(user.lower.batches)[0], next(user.upper.batches)[0])
-        assert user.lower.schedule.base_lrs == [0.5]
-        assert user.upper.schedule.base_lrs == [0.25]
+        assert user.lower.schedule.base_lrs == [0.5, 0.5]  # with and without weight decay
+        assert user.upper.schedule.base_lrs == [0.25, 0.25]
         assert user.lower.optimizer.param_groups[0]["weight_decay"] == 0.125
-        assert user.upper.optimizer.param_groups[0]["weight_decay"] == 0.0
+        assert user.upper.optimizer.param_groups[0]["weight_decay"] == 0.0625
         factor = user.lower.schedule.lr_lambdas[0]
         assert factor(steps) == pytest.approx(0.1)
         assert factor(steps - 1) > 0.11

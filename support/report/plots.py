@@ -14,7 +14,7 @@ def draw_comparison(rows: dict[str, Row], path: Path) -> None:
 
     figure = Figure(figsize=(12, 1 + 0.35 * max(10, len(rows))), layout="constrained")
     points, lines = figure.subplots(1, 2)
-    ranked = sorted(rows, key=lambda label: statistics.mean(rows[label].mean))
+    ranked = sorted(rows, key=lambda label: statistics.mean(rows[label].measured["averaged"].mean))
     draw_perplexities(points, {label: rows[label] for label in ranked})
     draw_curves(lines, {label: rows[label] for label in ranked})
     with rc_context({"svg.fonttype": "none"}):  # the .svg keeps text as text
@@ -27,16 +27,20 @@ def draw_comparison(rows: dict[str, Row], path: Path) -> None:
 
 
 def draw_perplexities(axes, rows: dict[str, Row]) -> None:
-    """Mean over users and seeds, with the standard deviation over seeds."""
-    means = []
-    deviations = []
-    for row in rows.values():
-        means.append(statistics.mean(row.mean))
-        deviations.append(statistics.stdev(row.mean) if len(row.mean) > 1 else 0)
-    axes.errorbar(means, list(rows), xerr=deviations, fmt="o", capsize=3)
+    """Mean over users and seeds, with the standard deviation over seeds, by each protocol."""
+    for protocol, mark in (("averaged", "o"), ("local", "x")):
+        labels = [label for label in rows if rows[label].measured[protocol] is not None]
+        means = []
+        deviations = []
+        for label in labels:
+            by_seed = rows[label].measured[protocol].mean
+            means.append(statistics.mean(by_seed))
+            deviations.append(statistics.stdev(by_seed) if len(by_seed) > 1 else 0)
+        axes.errorbar(means, labels, xerr=deviations, fmt=mark, capsize=3, label=protocol)
     axes.invert_yaxis()
     axes.grid(axis="y", alpha=0.3)
-    axes.set_xlabel("test perplexity after the last average, mean over users")
+    axes.set_xlabel("test perplexity, mean over users")
+    axes.legend()
 
 
 def draw_curves(axes, rows: dict[str, Row]) -> None:

@@ -1,6 +1,8 @@
-"""The table of a comparison: a row per method, over its seeds and users.
+"""The tables of a comparison: a row per method, over its seeds and users.
 
-It is written as Markdown, LaTeX and JSON. All results by seed and user are written as CSV.
+There is one table for each moment at which a run is tested (PROTOCOLS), one of costs, and one of
+validation losses. They are written as Markdown, LaTeX and JSON. All results by seed and user are
+written as CSV.
 """
 
 import csv
@@ -12,20 +14,37 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from methods import METHODS, LeakyLevel
 from model import GENERALIST, ROUTER, SPECIALIST
 from support.files import read_json, read_lines, write_json, write_text
+from support.report.intervals import Interval, behind
+
+PROTOCOLS = {
+    "local": "tested right after each user's last local steps, before the last average",
+    "averaged": "tested with the last average",
+}
+SUFFIX = {"local": "_local", "averaged": ""}  # of a protocol's columns in result.json
+
+
+@dataclass
+class Measured:
+    """Test perplexities of a row by one protocol."""
+
+    users: dict[str, list[float]]  # each user's, by seed
+    mean: list[float]  # over users, by seed
+    worst: list[float]  # of the users, by seed
+    hurt: float | None  # fraction of users with a higher perplexity than with local
 
 
 @dataclass
 class Row:
-    """A row of the table: test perplexities over seeds, and costs per user."""
+    """A row of the tables: test perplexities over seeds, and costs per user."""
 
     choice: str  # the learning rate, and a hyper-parameter if one was swept
     valid_ppl_by_choice: dict[str, float | None]  # with the first seed; None: it diverged
-    users: dict[str, list[float]]  # each user's test perplexity, by seed
-    mean: list[float]  # over users, by seed
-    worst: list[float]  # of the users, by seed
-    hurt: float | None  # fraction of users with a higher perplexity than with local
+    seeds: list[int]
+    contender: bool  # False: its experts learn from text that other methods' experts can't read
+    measured: dict[str, Measured | None]  # by protocol; None: it wasn't measured
     trained: float  # trained parameters
     sent: float  # parameters that are sent in a round
     bytes_up: float  # in a round
@@ -34,6 +53,14 @@ class Row:
     start: list[float]  # each user's perplexity before training
     seconds: float  # of a run
     valid_loss_by_round: dict[int, float]  # in nats, mean over seeds and users
+
+    def scores(self, protocol: str) -> dict[tuple[int, str], float]:
+        """Test perplexity by seed and user."""
+        scores = {}
+        for name, values in self.measured[protocol].users.items():
+            for seed, value in zip(self.seeds, values, strict=True):
+                scores[seed, name] = value
+        return scores
 
 
 def read_result(folder: Path) -> dict:
@@ -46,21 +73,18 @@ def summarize(folders: list[Path], valid_ppl: dict[str, float], local: list[Path
     valid_ppl: the validation perplexity of each choice. local: the runs of method local.
     """
     runs = [read_result(folder) for folder in folders]
+    local_runs = [read_result(folder) for folder in local]
     first = runs[0]
     users_rounds = first["rounds"] * len(first["users"])
-    by_user = {}
-    for i, user in enumerate(first["users"]):
-        by_user[user["name"]] = [run["users"][i]["test_ppl"] for run in runs]
     finite = {}
     for choice, ppl in valid_ppl.items():
         finite[choice] = ppl if math.isfinite(ppl) else None
     return Row(
         choice=min(valid_ppl, key=valid_ppl.get),
         valid_ppl_by_choice=finite,
-        users=by_user,
-        mean=[run["mean_test_ppl"] for run in runs],
-        worst=[max(user["test_ppl"] for user in run["users"]) for run in runs],
-        hurt=fraction_hurt(runs, [read_result(folder) for folder in local]),
+        seeds=[run["seed"] for run in runs],
+        contender=is_contender(read_json(folders[0] / "config.json")["settings"]),
+        measured={protocol: measured(runs, local_runs, protocol) for protocol in PROTOCOLS},
         trained=mean_parameters(runs, (GENERALIST, SPECIALIST, ROUTER)),
         sent=mean_parameters(runs, (GENERALIST,)),
         bytes_up=statistics.mean(run["bytes_up"] / users_rounds for run in runs),
@@ -69,6 +93,29 @@ def summarize(folders: list[Path], valid_ppl: dict[str, float], local: list[Path
         start=[user["test_ppl_start"] for user in first["users"]],
         seconds=statistics.mean(run["seconds"] for run in runs),
         valid_loss_by_round=curve(folders),
+    )
+
+
+def is_contender(settings: dict) -> bool:
+    """Whether a run's experts learn from their user's training text only."""
+    method = METHODS[settings["method"]]
+    leaks = issubclass(method.level, LeakyLevel)
+    return not method.pooled and not leaks and settings["experts_see"] == "train"
+
+
+def measured(runs: list[dict], local_runs: list[dict], protocol: str) -> Measured | None:
+    """A row's test perplexities by one protocol. local_runs: those of method local."""
+    ppl = f"test_ppl{SUFFIX[protocol]}"
+    if runs[0][f"mean_{ppl}"] is None:
+        return None
+    users = {}
+    for i, user in enumerate(runs[0]["users"]):
+        users[user["name"]] = [run["users"][i][ppl] for run in runs]
+    return Measured(
+        users=users,
+        mean=[run[f"mean_{ppl}"] for run in runs],
+        worst=[max(user[ppl] for user in run["users"]) for run in runs],
+        hurt=fraction_hurt(runs, local_runs, ppl),
     )
 
 
@@ -81,14 +128,17 @@ def mean_parameters(runs: list[dict], roles: tuple[str, ...]) -> float:
     return statistics.mean(counts)
 
 
-def fraction_hurt(runs: list[dict], local_runs: list[dict]) -> float | None:
-    """The fraction of users with a higher perplexity than with local and the same seed, or None."""
+def fraction_hurt(runs: list[dict], local_runs: list[dict], ppl: str) -> float | None:
+    """The fraction of users with a higher perplexity than with local and the same seed, or None.
+
+    ppl: the column of result.json.
+    """
     local_users = {run["seed"]: run["users"] for run in local_runs}
     worse = []
     for run in runs:
         if run["seed"] in local_users:
             for ours, theirs in zip(run["users"], local_users[run["seed"]], strict=True):
-                worse.append(ours["test_ppl"] > theirs["test_ppl"])
+                worse.append(ours[ppl] > theirs[ppl])
     return statistics.mean(worse) if worse else None
 
 
@@ -101,11 +151,55 @@ def curve(folders: list[Path]) -> dict[int, float]:
     return {number: statistics.mean(values) for number, values in losses.items()}
 
 
-# --- the table as text ---
+# --- who is first ---
+
+
+def first_of(rows: dict[str, Row], label: str, protocol: str) -> str:
+    """The row with the lowest mean, of those with the same text as this one.
+
+    Rows whose experts learn from more text can't be first, unless all do.
+    """
+    same_text = [name for name in rows if rows[name].trigram == rows[label].trigram]
+    contenders = [name for name in same_text if rows[name].contender] or same_text
+    return min(contenders, key=lambda name: statistics.mean(rows[name].measured[protocol].mean))
+
+
+def lags(rows: dict[str, Row], protocol: str) -> dict[str, Interval | None]:
+    """How far each row is behind the first one. None for a first row."""
+    intervals = {}
+    for label, row in rows.items():
+        first = first_of(rows, label, protocol)
+        intervals[label] = None
+        if label != first:
+            intervals[label] = behind(row.scores(protocol), rows[first].scores(protocol))
+    return intervals
+
+
+def clear_winners(rows: dict[str, Row], protocol: str) -> list[str]:
+    """The first rows with which no other contender is level."""
+    intervals = lags(rows, protocol)
+    winners = []
+    for label, interval in intervals.items():
+        if interval is not None:
+            continue
+        level = False
+        for other, lag in intervals.items():
+            if other != label and first_of(rows, other, protocol) == label:
+                level = level or (rows[other].contender and lag.is_level)
+        if not level:
+            winners.append(label)
+    return winners
+
+
+# --- the tables as text ---
 
 COLUMNS = (
-    "Test perplexity of each user and their mean, ± the standard deviation over seeds, after "
-    "the last average. rate: the learning rate and other choices made on validation text. "
+    "Test perplexity of each user and their mean, ± the standard deviation over seeds. "
+    "behind: how much higher than the first row's the perplexity is, with a 95 % confidence "
+    "interval (a paired t-test of ln perplexity; the pairs are users and seeds). level: the "
+    "interval contains 0. The first mean is bold if no other row is level with it. centralized, "
+    "comigs-leaky and rows whose experts also learn from validation text can't be first. "
+    "rate: the learning rate and other choices, made on validation text with the last average. "
     "hurt: the share of users with a higher perplexity than with local and the same seed. "
     "trained, sent: a user's trained parameters, and those that it sends. kB up, kB down: "
     "per user and round. seconds: per run."
@@ -120,47 +214,71 @@ def mean_and_deviation(values: list[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.2f}"
 
 
-def cells_of(label: str, row: Row) -> list[str]:
-    """A row's cells."""
-    cells = [label, row.choice]
-    for values in (*row.users.values(), row.mean, row.worst):
-        cells.append(mean_and_deviation(values))
-    cells.append("–" if row.hurt is None else f"{row.hurt:.0%}")
-    for number in (row.trained, row.sent, row.bytes_up / 1000, row.bytes_down / 1000):
-        cells.append(f"{number:,.0f}")
-    cells.append(f"{row.seconds:.0f}")
-    return cells
+def lag_cell(lag: Interval | None) -> str:
+    """lag_cell(Interval(0.012, -0.001, 0.025)) -> "level: +1.2 % (-0.1 to +2.5)"."""
+    if lag is None:
+        return "first"
+    if math.isinf(lag.high):
+        return f"{lag.mean:+.1%}"
+    text = f"{100 * lag.mean:+.1f} % ({100 * lag.low:+.1f} to {100 * lag.high:+.1f})"
+    return f"level: {text}" if lag.is_level else text
+
+
+def cells_of(label: str, row: Row, protocol: str, lag: Interval | None, bold: bool) -> list[str]:
+    """A row's cells by one protocol."""
+    measured = row.measured[protocol]
+    mean = mean_and_deviation(measured.mean)
+    hurt = "–" if measured.hurt is None else f"{measured.hurt:.0%}"
+    return [
+        label,
+        row.choice,
+        *(mean_and_deviation(values) for values in measured.users.values()),
+        f"**{mean}**" if bold else mean,
+        lag_cell(lag),
+        mean_and_deviation(measured.worst),
+        hurt,
+    ]
 
 
 def reference_cells(label: str, values: list[float]) -> list[str]:
     """The cells of a row without training: perplexities by user, their mean and the worst."""
-    numbers = [*values, statistics.mean(values), max(values)]
-    return [label, "", *(f"{number:.2f}" for number in numbers), *[""] * 6]
+    users = [f"{number:.2f}" for number in values]
+    return [label, "", *users, f"{statistics.mean(values):.2f}", "", f"{max(values):.2f}", ""]
 
 
-def table(rows: dict[str, Row]) -> list[list[str]]:
-    """All cells. The last rows are the first row's models before training, and the trigrams."""
+def table(rows: dict[str, Row], protocol: str) -> list[list[str]]:
+    """All cells by one protocol. The last rows are the first row's models before training, and
+    the trigrams."""
+    intervals = lags(rows, protocol)
+    winners = clear_winners(rows, protocol)
     first = next(iter(rows.values()))
-    header = [
-        "",
-        "rate",
-        *first.users,
-        "mean",
-        "worst user",
-        "hurt",
-        "trained",
-        "sent",
-        "kB up",
-        "kB down",
-        "seconds",
-    ]
-    cells = [header]
+    users = first.measured[protocol].users
+    cells = [["", "rate", *users, "mean", "behind", "worst user", "hurt"]]
     for label, row in rows.items():
-        cells.append(cells_of(label, row))
+        cells.append(cells_of(label, row, protocol, intervals[label], label in winners))
     cells.append(reference_cells("no training", first.start))
     if all(row.trigram == first.trigram for row in rows.values()):
         cells.append(reference_cells("trigram", first.trigram))
     return cells
+
+
+def costs(rows: dict[str, Row]) -> list[list[str]]:
+    """Cells: what a row costs."""
+    cells = [["", "trained", "sent", "kB up", "kB down", "seconds"]]
+    for label, row in rows.items():
+        numbers = (row.trained, row.sent, row.bytes_up / 1000, row.bytes_down / 1000, row.seconds)
+        cells.append([label, *(f"{number:,.0f}" for number in numbers)])
+    return cells
+
+
+def all_tables(rows: dict[str, Row]) -> dict[str, list[list[str]]]:
+    """The cells of all tables, by title. A protocol by which a row wasn't measured is left out."""
+    tables = {}
+    for protocol, title in PROTOCOLS.items():
+        if all(row.measured[protocol] is not None for row in rows.values()):
+            tables[f"{protocol}: {title}"] = table(rows, protocol)
+    tables["costs"] = costs(rows)
+    return tables
 
 
 def curves(rows: dict[str, Row]) -> list[list[str]]:
@@ -185,7 +303,8 @@ def markdown(cells: list[list[str]]) -> str:
 
 def escaped(text: str) -> str:
     """Text for LaTeX."""
-    return re.sub(r"([%&_#${}])", r"\\\1", text).replace("±", r"$\pm$")
+    text = re.sub(r"([%&_#${}])", r"\\\1", text).replace("±", r"$\pm$")
+    return re.sub(r"\*\*(.*?)\*\*", r"\\textbf{\1}", text)
 
 
 def latex(cells: list[list[str]], caption: str) -> str:
@@ -222,7 +341,17 @@ def caption(rows: list[dict], seeds: int) -> str:
 
 # --- CSV ---
 
-USER_COLUMNS = ("specialists", "test_ppl_start", "valid_ppl", "test_ppl", "test_bpb", "trigram_ppl")
+USER_COLUMNS = (
+    "specialists",
+    "test_ppl_start",
+    "valid_ppl_local",
+    "valid_ppl",
+    "test_ppl_local",
+    "test_ppl",
+    "test_bpb_local",
+    "test_bpb",
+    "trigram_ppl",
+)
 
 
 def user_records(folder: Path) -> Iterable[dict]:
@@ -253,12 +382,16 @@ def as_csv(records: list[dict]) -> str:
 def write_all(out: Path, rows: dict[str, Row], folders: dict[str, list[Path]], caption: str) -> str:
     """Write table.md, table.tex, table.json, table.csv and curves.csv.
 
-    folders: the runs of each row. Returns the table as Markdown.
+    folders: the runs of each row. Returns the tables as Markdown.
     """
-    cells = table(rows)
-    text = markdown(cells)
+    sections = []
+    environments = []
+    for title, cells in all_tables(rows).items():
+        sections.append(f"**{title}**\n\n{markdown(cells)}")
+        environments.append(latex(cells, f"{title}. {caption} {COLUMNS}"))
+    text = "\n\n".join(sections)
     write_text(out / "table.md", f"{text}\n\n{caption} {COLUMNS}\n\n{markdown(curves(rows))}\n")
-    write_text(out / "table.tex", latex(cells, f"{caption} {COLUMNS}"))
+    write_text(out / "table.tex", "\n".join(environments))
     write_json(out / "table.json", {label: asdict(row) for label, row in rows.items()})
     users = []
     losses = []

@@ -81,7 +81,9 @@ def read_config(path: Path) -> dict:
 
 def runs_of_other_code(configs: list[dict]) -> int:
     """The number of runs that were made by different code."""
-    return sum(config["code"] != code_digest(config["settings"]["method"]) for config in configs)
+    return sum(
+        config.get("code") != code_digest(config["settings"]["method"]) for config in configs
+    )
 
 
 INPUTS = (
