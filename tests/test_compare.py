@@ -159,9 +159,7 @@ def test_a_run_that_diverges_is_reported_and_the_others_make_the_table(
     assert rows["local (1 of 2 seeds)"]["seeds"] == [0]
 
 
-def fake_run(
-    folder: Path, seed: int, *perplexities: float, method: str = "comigs", see: str = "train"
-) -> Path:
+def fake_run(folder: Path, seed: int, *perplexities: float, **settings: str) -> Path:
     """The folder of a run with a user for each perplexity; before the last average it was half."""
     folder.mkdir()
     users = []
@@ -178,8 +176,8 @@ def fake_run(
             }
         )
     mean = sum(perplexities) / len(perplexities)
-    config = {"settings": {"method": method, "experts_see": see}}
-    (folder / "config.json").write_text(json.dumps(config))
+    usual = {"method": "comigs", "experts_see": "train", "target": "own"}
+    (folder / "config.json").write_text(json.dumps({"settings": usual | settings}))
     (folder / "result.json").write_text(
         json.dumps(
             {
@@ -248,8 +246,8 @@ def test_quantiles_of_students_t_are_those_of_the_tables(degrees, t):
 
 def test_how_far_a_row_is_behind_is_paired_by_seed_and_user():
     """10 % in each pair, whatever the perplexities. A pair that one row lacks is left out."""
-    theirs = {(0, "a"): 2.0, (0, "b"): 50.0, (1, "a"): 3.0}
-    ours = {key: 1.1 * ppl for key, ppl in theirs.items()} | {(1, "b"): 999.0}
+    theirs = {(0, "a"): math.log(2), (0, "b"): math.log(50), (1, "a"): math.log(3)}
+    ours = {key: math.log(1.1) + score for key, score in theirs.items()} | {(1, "b"): 999.0}
     assert behind(ours, theirs) == pytest.approx((0.1, 0.1, 0.1))
 
 
@@ -269,7 +267,7 @@ def test_the_first_mean_is_bold_only_if_no_other_row_is_level(tmp_path):
     cheats = {
         "centralized": row_of(tmp_path / "pooled", (1.0, 1.0), (1.0, 1.0), method="centralized"),
         "leaky": row_of(tmp_path / "leaky", (1.0, 1.0), (1.0, 1.0), method="comigs-leaky"),
-        "both": row_of(tmp_path / "both", (1.0, 1.0), (1.0, 1.0), see="both"),
+        "both": row_of(tmp_path / "both", (1.0, 1.0), (1.0, 1.0), experts_see="both"),
     }
     for protocol in PROTOCOLS:
         rows = {"far": far, "best": best} | cheats
@@ -281,6 +279,13 @@ def test_the_first_mean_is_bold_only_if_no_other_row_is_level(tmp_path):
         assert clear_winners(rows, protocol) == []
         assert table(rows, protocol)[-3][5].startswith("level: ")
     assert table(rows, "averaged")[2][4:6] == ["3.01 ± 0.01", "first"]
+
+
+def test_with_a_mixed_target_a_pair_is_the_mean_over_users_of_a_seed(tmp_path):
+    """Worked by hand: ln(1 · 4) / 2 = ln 2 and ln(2 · 8) / 2 = ln 4."""
+    row = row_of(tmp_path / "a", (1.0, 4.0), (2.0, 8.0), target="mixed")
+    expected = {(0, "all users"): math.log(2), (1, "all users"): math.log(4)}
+    assert row.scores("averaged") == pytest.approx(expected)
 
 
 def test_rows_are_compared_with_rows_of_the_same_text_only(tmp_path):

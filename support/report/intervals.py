@@ -48,14 +48,13 @@ def paired_interval(differences: list[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-Scores = dict[tuple[int, str], float]  # test perplexity by seed and user
+Scores = dict[tuple[int, str], float]  # ln of test perplexity by seed and user
 
 
 def behind(ours: Scores, theirs: Scores) -> Interval:
-    """How much higher our perplexities are, as a fraction: exp(mean of ln ours − ln theirs) − 1.
+    """How much higher our perplexities are, as a fraction: exp(mean of ours − theirs) − 1.
 
     Paired by seed and user; pairs that one of the two lacks are left out.
     """
-    pairs = [key for key in ours if key in theirs]
-    differences = [math.log(ours[key]) - math.log(theirs[key]) for key in pairs]
+    differences = [ours[pair] - theirs[pair] for pair in ours if pair in theirs]
     return Interval(*(math.expm1(number) for number in paired_interval(differences)))

@@ -44,6 +44,7 @@ class Row:
     valid_ppl_by_choice: dict[str, float | None]  # with the first seed; None: it diverged
     seeds: list[int]
     contender: bool  # False: its experts learn from text that other methods' experts can't read
+    mixed_target: bool  # all users have the same test text
     measured: dict[str, Measured | None]  # by protocol; None: it wasn't measured
     trained: float  # trained parameters
     sent: float  # parameters that are sent in a round
@@ -55,12 +56,21 @@ class Row:
     valid_loss_by_round: dict[int, float]  # in nats, mean over seeds and users
 
     def scores(self, protocol: str) -> dict[tuple[int, str], float]:
-        """Test perplexity by seed and user."""
+        """ln of test perplexity by seed and user, the pairs of a paired test.
+
+        If all users have the same test text, they aren't independent: one pair per seed is their
+        mean.
+        """
         scores = {}
         for name, values in self.measured[protocol].users.items():
             for seed, value in zip(self.seeds, values, strict=True):
-                scores[seed, name] = value
-        return scores
+                scores[seed, name] = math.log(value)
+        if not self.mixed_target:
+            return scores
+        by_seed = {}
+        for (seed, _), value in scores.items():
+            by_seed.setdefault(seed, []).append(value)
+        return {(seed, "all users"): statistics.mean(values) for seed, values in by_seed.items()}
 
 
 def read_result(folder: Path) -> dict:
@@ -74,6 +84,7 @@ def summarize(folders: list[Path], valid_ppl: dict[str, float], local: list[Path
     """
     runs = [read_result(folder) for folder in folders]
     local_runs = [read_result(folder) for folder in local]
+    settings = read_json(folders[0] / "config.json")["settings"]
     first = runs[0]
     users_rounds = first["rounds"] * len(first["users"])
     finite = {}
@@ -83,7 +94,8 @@ def summarize(folders: list[Path], valid_ppl: dict[str, float], local: list[Path
         choice=min(valid_ppl, key=valid_ppl.get),
         valid_ppl_by_choice=finite,
         seeds=[run["seed"] for run in runs],
-        contender=is_contender(read_json(folders[0] / "config.json")["settings"]),
+        contender=is_contender(settings),
+        mixed_target=settings["target"] == "mixed",
         measured={protocol: measured(runs, local_runs, protocol) for protocol in PROTOCOLS},
         trained=mean_parameters(runs, (GENERALIST, SPECIALIST, ROUTER)),
         sent=mean_parameters(runs, (GENERALIST,)),
@@ -196,9 +208,10 @@ def clear_winners(rows: dict[str, Row], protocol: str) -> list[str]:
 COLUMNS = (
     "Test perplexity of each user and their mean, ± the standard deviation over seeds. "
     "behind: how much higher than the first row's the perplexity is, with a 95 % confidence "
-    "interval (a paired t-test of ln perplexity; the pairs are users and seeds). level: the "
-    "interval contains 0. The first mean is bold if no other row is level with it. centralized, "
-    "comigs-leaky and rows whose experts also learn from validation text can't be first. "
+    "interval (a paired t-test of ln perplexity). Its pairs are users and seeds; with a mixed "
+    "target, where all users have the same test text, they are seeds. level: the interval contains "
+    "0. The first mean is bold if no other row is level with it. centralized, comigs-leaky and "
+    "rows whose experts also learn from validation text can't be first. "
     "rate: the learning rate and other choices, made on validation text with the last average. "
     "hurt: the share of users with a higher perplexity than with local and the same seed. "
     "trained, sent: a user's trained parameters, and those that it sends. kB up, kB down: "
