@@ -424,6 +424,8 @@ more
 --method pcl --specialists 1 --clip-update 1
 --method hetlora
 --method fdlora
+--top-k 1 --method comigs-apart --specialists 1
+--router-decay -1
 --init-from nowhere
 --n-embd 16 --init-from base.pt
 --init-from base.pt --n-head 4
