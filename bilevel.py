@@ -56,7 +56,10 @@ def constant(step: int) -> float:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices, but neither to biases, norms nor embeddings."""
+    """Whether weight decay applies: to matrices, but neither to biases, norms nor embeddings.
+
+    A head that is also the token embedding counts as an embedding, an lm_head of its own doesn't.
+    """
     return parameter.dim() > 1 and not name.endswith("embedding.weight")
 
 

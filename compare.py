@@ -76,14 +76,14 @@ def finish(settings: Settings, anew: bool, bar: tqdm) -> Path:
         config = read_config(folder / "config.json")
         these = {"out": settings.out, "overwrite": settings.overwrite}
         same = Settings(**config["settings"] | these) == settings
-        if same and config["hyper"] == settings.hyper:
-            if anew and config.get("code") != code_digest(settings.method):
-                settings = replace(settings, overwrite=True)
-            elif (folder / "result.json").exists():
-                bar.update(settings.rounds * settings.users)
-                return folder
-            else:
-                settings = replace(settings, overwrite=False, resume=True)
+        same_hyper = config["hyper"] == settings.hyper
+        if same and anew and config.get("code") != code_digest(settings.method):
+            settings = replace(settings, overwrite=True)
+        elif same and same_hyper and (folder / "result.json").exists():
+            bar.update(settings.rounds * settings.users)
+            return folder
+        elif same and same_hyper:
+            settings = replace(settings, overwrite=False, resume=True)
     run = Run(settings)
     run.play(bar)
     run.write_page()

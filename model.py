@@ -74,6 +74,8 @@ class GPTConfig:
             raise ValueError("dtype bfloat16 applies to frozen weights: it needs expert lora")
         if self.n_experts < 1:
             raise ValueError("generalists + specialists is 0; a layer needs an expert")
+        if self.by_kind and self.generalists * self.specialists == 0:
+            raise ValueError("by_kind needs at least one generalist and one specialist")
         for name, role in self.roles.items():
             if name not in (*ROLES, "lora_A", "lora_B"):
                 raise ValueError(f"roles: {name} is neither a role nor a LoRA factor")
@@ -243,7 +245,7 @@ class Routing(NamedTuple):
 
     gates: Tensor  # (N, k)
     selected: Tensor  # (N, k), indices of experts
-    logits: Tensor | None = None  # (N, E), the router's; None without a router
+    logits: Tensor | None = None  # (N, E) or, by kind, (N, 2); None without a router
 
 
 def to_all(gates: Tensor, logits: Tensor | None = None) -> Routing:
@@ -332,10 +334,8 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.attention_norm = norm(config)
-        self.attention = Attention(config)
-        self.moe_norm = norm(config)
-        self.moe = MoE(config)
+        self.attention_norm, self.attention = norm(config), Attention(config)
+        self.moe_norm, self.moe = norm(config), MoE(config)
 
     def forward(self, x, rope=None, fixed_gates=None, kv_cache=None) -> tuple[Tensor, Routing]:
         x = x + self.attention(self.attention_norm(x), rope, kv_cache)

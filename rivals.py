@@ -23,6 +23,7 @@ class JudgingUser(User):
     train.build_user sets it.
     """
 
+    n_windows = 8
     validation_windows: Callable[[], Iterator[Batch]]
 
 
@@ -232,7 +233,10 @@ class HetLoRALevel(Level):
 
 
 class HetLoRAUser(User):
-    """Self-pruning: if the tail is smaller after a round than before it, it is removed."""
+    """Self-pruning: if the tail is smaller after a round than before it, it is removed.
+
+    This tail is of all adapters, attention's too, because all are cut to the same rank.
+    """
 
     def local_update(self, rhythm: Rhythm) -> float:
         gamma = self.hyper["gamma"]

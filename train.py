@@ -32,7 +32,7 @@ from support.runs.command_line import run_command
 from support.runs.evaluation import (
     check_loss,
     counters,
-    final_losses,
+    evaluate_at_end,
     initial_test_loss,
     metrics_line,
     refused_uploads,
@@ -45,9 +45,6 @@ from support.runs.settings import Settings, plain
 from support.runs.start import check_device, starting_point
 from support.server import privacy
 from support.server.guard import Guard
-
-JUDGING_WINDOWS = 8  # windows of validation text on which a JudgingUser compares models
-
 
 # --- build: from settings to a server and users ---
 
@@ -119,7 +116,7 @@ def build_user(settings: Settings, name: str, model: GPT, texts: list[Text]) -> 
 
         def validation_windows() -> Iterator[Batch]:
             return data.spread_windows(
-                texts[0].valid, JUDGING_WINDOWS, settings.block_size, settings.device
+                texts[0].valid, method.user.n_windows, settings.block_size, settings.device
             )
 
         user.validation_windows = validation_windows
@@ -208,7 +205,7 @@ class Run:
         self.server, self.users = build(settings, self.base, self.texts)
         self.rounds_done = 0
         self.initial_losses = []  # on each test text, before the first round
-        self.local_losses = []  # of each text, before the last average
+        self.local_ends = []  # each text's evaluate_at_end before the last average
         self.folder = processes.run_folder(settings, config_of(settings, self.base, self.texts))
         if settings.resume:
             self.restore(self.folder.load())
@@ -298,7 +295,7 @@ class Run:
     def evaluate_local(self) -> None:
         """Evaluate every user as its last local steps left it, before the last average."""
         for user, text in self.readers:
-            self.local_losses.append(final_losses(self.settings, user, text))
+            self.local_ends.append(evaluate_at_end(self.settings, user, text))
 
     def download_average(self) -> None:
         """Send all users the last average, which they keep."""
@@ -314,7 +311,9 @@ class Run:
         self.folder.log(lines)
 
     def save(self, number: int) -> None:
-        """Write the checkpoint after round `number`."""
+        """Write the checkpoint after round `number`, with models that are ready for use."""
+        for user in self.users:
+            user.before_evaluation()
         self.folder.save(
             {
                 "settings": plain(self.settings),
@@ -322,7 +321,7 @@ class Run:
                 "round": number,
                 "seconds": time.perf_counter() - self.start_time,
                 "initial_losses": self.initial_losses,
-                "local_losses": self.local_losses,
+                "local_ends": self.local_ends,
                 "server": self.server.state(),
                 "users": [user_state(user) for user in self.users],
             }
@@ -335,7 +334,7 @@ class Run:
         self.rounds_done = state["round"]
         self.start_time -= state["seconds"]
         self.initial_losses = state["initial_losses"]
-        self.local_losses = state["local_losses"]
+        self.local_ends = state["local_ends"]
         self.server.load(state["server"])
         for user, saved in zip(self.users, state["users"], strict=True):
             restore_user(user, saved)
@@ -344,9 +343,10 @@ class Run:
         """Evaluate all users on test text. Returns the content of result.json."""
         settings = self.settings
         rows = []
-        measured = zip(self.readers, self.initial_losses, self.local_losses, strict=True)
+        measured = zip(self.readers, self.initial_losses, self.local_ends, strict=True)
         for (user, text), initial_loss, local in measured:
-            rows.append(result_row(settings, user, text, initial_loss, local))
+            averaged = evaluate_at_end(settings, user, text)
+            rows.append(result_row(settings, user, text, initial_loss, local, averaged))
         rows = processes.gather(rows)
         counts = processes.gather([counters(user) for user in self.users])
         refused = processes.total(len(self.server.refused))

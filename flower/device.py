@@ -27,7 +27,7 @@ from support.runs.checkpoint import restore_user, user_state
 from support.runs.evaluation import (
     check_loss,
     counters,
-    final_losses,
+    evaluate_at_end,
     initial_test_loss,
     metrics_line,
     result_row,
@@ -106,6 +106,7 @@ class Device:
     def initial_state(self) -> dict:
         """The state before the first round, with an evaluation of the untrained model."""
         self.user.set_generalists(self.initial_generalists)
+        self.user.before_evaluation()
         initial_loss = initial_test_loss(self.settings, self.user, self.text)
         lines = [self.metrics_line(0, None)]
         report = {"lines": lines}
@@ -127,12 +128,14 @@ class Device:
         if state["round"] == number - 1:
             earlier_loss = state["train_loss"]
         if number > self.settings.rounds:
-            local = final_losses(self.settings, self.user, self.text)
+            local = evaluate_at_end(self.settings, self.user, self.text)
             self.user.download(generalists)
             report["lines"].append(self.metrics_line(number - 1, earlier_loss))
             report["counters"] = counters(self.user)
-            initial_loss = state["initial_loss"]
-            report["row"] = result_row(self.settings, self.user, self.text, initial_loss, local)
+            averaged = evaluate_at_end(self.settings, self.user, self.text)
+            report["row"] = result_row(
+                self.settings, self.user, self.text, state["initial_loss"], local, averaged
+            )
             return new
         if number > 1 and (number - 1) % self.settings.eval_every == 0:
             # The previous round is evaluated with its average, which arrives now.

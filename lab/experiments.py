@@ -6,7 +6,8 @@
 A row is a run of train.py; rows on the same base share its flags. A method's learning rate is
 that of its base's table below. On the byte base it was chosen for every method from the same list,
 on validation text with seed 0, by `A --rates 2e-3,6e-3,2e-2`. (On SmolLM2 it is the paper's,
-because only some methods were tried at others.) The runs of docs/results.md are kept: `--out
+because only some methods were tried at others. From scratch it was chosen among the rates that
+docs/notes.md lists.) The runs of docs/results.md are kept: `--out
 docs/runs/A` reuses them and adds the missing ones.
 """
 

@@ -66,10 +66,10 @@ class LocalDevices:
         return server.ServerRun(self.settings, list(NAMES), self.out / "server", self.send)
 
 
-def assert_same_as_train(devices: LocalDevices) -> None:
+def assert_same_as_train(devices: LocalDevices, flags: str = FLAGS) -> None:
     """Results, metrics, the server's state and all users' states are those of train.py."""
     if not Path("plain").exists():
-        assert train.main(command(FLAGS, "plain")) == 0
+        assert train.main(command(flags, "plain")) == 0
     assert_same_result(devices.out / "server", Path("plain"))
     lines = (devices.out / "server" / "metrics.jsonl").read_text().splitlines()
     all_lines = Path("plain/metrics.jsonl").read_text().splitlines()
@@ -175,6 +175,13 @@ def test_a_run_over_messages_gives_the_bits_of_train_and_replies_hold_nothing_pr
             assert report.keys() == {"weight", "lines"}
             assert reply.content["generalists"].keys() == shared
     assert last_reports == 3  # one of the two nodes with the same name
+
+
+def test_fdloras_fusion_is_that_of_train_too():
+    flags = "--method fdlora --specialists 1 --rounds 2 --eval-every 2 --lr 1e-2"
+    devices = LocalDevices(flags)
+    devices.server_run().play()
+    assert_same_as_train(devices, flags)
 
 
 def test_an_error_of_a_device_doesnt_quote_its_text():

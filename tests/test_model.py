@@ -175,6 +175,12 @@ def test_a_router_by_kind_shares_a_kinds_weight_evenly_among_its_experts():
     assert routing.gates[0].tolist() == pytest.approx([1 / 8, 1 / 8, 1 / 4, 1 / 4, 1 / 4])
 
 
+def test_a_router_by_kind_needs_both_kinds():
+    for sizes in (dict(generalists=0), dict(specialists=0)):
+        with pytest.raises(ValueError, match="at least one generalist and one specialist"):
+            GPTConfig(**SHAPE, by_kind=True, **sizes)
+
+
 def test_with_one_expert_of_each_kind_a_router_by_kind_is_the_plain_one():
     idx = torch.randint(11, (2, 6), generator=seeded(0))
     plain, by_kind = (tiny(by_kind=by_kind)(idx)[0] for by_kind in (False, True))

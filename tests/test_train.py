@@ -15,7 +15,6 @@ import train
 from conftest import NAMES, SCHEDULE, TINY, begun, command, refusal, run, same, state
 from methods import METHODS, OWN
 from model import BACKBONE, GENERALIST, GPT, ROUTER, SPECIALIST, GPTConfig
-from rivals import FDLoRAUser
 from support.files import read_lines
 from support.pretrained.base import load
 from support.runs import command_line, evaluation, folder
@@ -165,19 +164,33 @@ def test_an_evaluation_in_between_leaves_a_user_that_isnt_selected_as_it_is():
 
 
 def test_fdlora_fuses_anew_at_each_of_the_two_moments(monkeypatch):
-    searches = []
-    fuse = FDLoRAUser.before_evaluation
+    """With the gates of the least loss for the model that is tested."""
+    fused = {}
+    evaluate = evaluation.evaluate
 
-    def watched(user):
-        fuse(user)
-        generalists = user.model.having(GENERALIST).values()
-        searches.append((user.name, sum(p.double().sum().item() for p in generalists)))
+    def watched(model, batches, gates):
+        generalists = model.having(GENERALIST).values()
+        key = sum(p.double().sum().item() for p in generalists)
+        fused.setdefault(key, set()).add(tuple(gates.flatten().tolist()))
+        return evaluate(model, batches, gates)
 
-    monkeypatch.setattr(FDLoRAUser, "before_evaluation", watched)
-    run("--method fdlora --specialists 1 --rounds 1")
-    of_anna = [number for name, number in searches if name == "anna"]
-    assert len(of_anna) == 3  # untrained, local, averaged
-    assert len(set(of_anna)) == 3
+    monkeypatch.setattr(evaluation, "evaluate", watched)
+    again = begun("--method fdlora --specialists 1 --rounds 2 --users 1")
+    again.play(tqdm(disable=True))
+    assert len(fused) == 2 or len(fused) == 3  # untrained, local, averaged
+    assert all(len(gates) == 1 for gates in fused.values())
+
+
+def test_a_checkpoint_in_between_has_the_gates_of_its_own_models():
+    flags = "--method fdlora --specialists 1 --rounds 3 --save-every 2 --eval-every 9"
+    again = begun(flags)
+    with pytest.raises(KeyboardInterrupt):
+        again.play(tqdm(disable=True), lambda: True)
+    for user, saved in zip(again.users, state()["users"], strict=True):
+        user.before_evaluation()
+        assert torch.equal(saved["fixed_gates"], user.fixed_gates)
+        for name, parameter in user.model.having(GENERALIST).items():
+            assert torch.equal(saved["parameters"][name], parameter)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +336,7 @@ def test_a_judging_user_gets_windows_of_its_validation_text():
     ready = begun("--method fdlora --specialists 1")
     for user, text in zip(ready.users, ready.texts, strict=True):
         idx, _ = next(user.validation_windows())
-        expected, _ = next(data.spread_windows(text.valid, train.JUDGING_WINDOWS, 8))
+        expected, _ = next(data.spread_windows(text.valid, type(user).n_windows, 8))
         assert torch.equal(idx, expected)
 
 
@@ -424,7 +437,6 @@ more
 --method pcl --specialists 1 --clip-update 1
 --method hetlora
 --method fdlora
---top-k 1 --method comigs-apart --specialists 1
 --router-decay -1
 --init-from nowhere
 --n-embd 16 --init-from base.pt

@@ -48,13 +48,15 @@ def paired_interval(differences: list[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-Scores = dict[tuple[int, str], float]  # ln of test perplexity by seed and user
+Scores = dict[tuple[int, str], float]  # test perplexity by seed and user
 
 
 def behind(ours: Scores, theirs: Scores) -> Interval:
-    """How much higher our perplexities are, as a fraction: exp(mean of ours − theirs) − 1.
+    """How much higher our mean perplexity is, as a fraction of theirs.
 
     Paired by seed and user; pairs that one of the two lacks are left out.
     """
-    differences = [ours[pair] - theirs[pair] for pair in ours if pair in theirs]
-    return Interval(*(math.expm1(number) for number in paired_interval(differences)))
+    pairs = [pair for pair in ours if pair in theirs]
+    interval = paired_interval([ours[pair] - theirs[pair] for pair in pairs])
+    scale = statistics.mean(theirs[pair] for pair in pairs)
+    return Interval(*(number / scale for number in interval))

@@ -43,6 +43,7 @@ class Row:
     choice: str  # the learning rate, and a hyper-parameter if one was swept
     valid_ppl_by_choice: dict[str, float | None]  # with the first seed; None: it diverged
     seeds: list[int]
+    texts: list  # each user's name and a digest of its text
     contender: bool  # False: its experts learn from text that other methods' experts can't read
     mixed_target: bool  # all users have the same test text
     measured: dict[str, Measured | None]  # by protocol; None: it wasn't measured
@@ -56,21 +57,19 @@ class Row:
     valid_loss_by_round: dict[int, float]  # in nats, mean over seeds and users
 
     def scores(self, protocol: str) -> dict[tuple[int, str], float]:
-        """ln of test perplexity by seed and user, the pairs of a paired test.
+        """Test perplexity by seed and user, for a paired test.
 
-        If all users have the same test text, they aren't independent: one pair per seed is their
-        mean.
+        With a mixed target all users have the same test text: then it is their mean, by seed.
         """
+        measured = self.measured[protocol]
+        if self.mixed_target:
+            means = zip(self.seeds, measured.mean, strict=True)
+            return {(seed, "all users"): mean for seed, mean in means}
         scores = {}
-        for name, values in self.measured[protocol].users.items():
+        for name, values in measured.users.items():
             for seed, value in zip(self.seeds, values, strict=True):
-                scores[seed, name] = math.log(value)
-        if not self.mixed_target:
-            return scores
-        by_seed = {}
-        for (seed, _), value in scores.items():
-            by_seed.setdefault(seed, []).append(value)
-        return {(seed, "all users"): statistics.mean(values) for seed, values in by_seed.items()}
+                scores[seed, name] = value
+        return scores
 
 
 def read_result(folder: Path) -> dict:
@@ -84,7 +83,8 @@ def summarize(folders: list[Path], valid_ppl: dict[str, float], local: list[Path
     """
     runs = [read_result(folder) for folder in folders]
     local_runs = [read_result(folder) for folder in local]
-    settings = read_json(folders[0] / "config.json")["settings"]
+    config = read_json(folders[0] / "config.json")
+    settings = config["settings"]
     first = runs[0]
     users_rounds = first["rounds"] * len(first["users"])
     finite = {}
@@ -94,9 +94,10 @@ def summarize(folders: list[Path], valid_ppl: dict[str, float], local: list[Path
         choice=min(valid_ppl, key=valid_ppl.get),
         valid_ppl_by_choice=finite,
         seeds=[run["seed"] for run in runs],
+        texts=config["texts"],
         contender=is_contender(settings),
         mixed_target=settings["target"] == "mixed",
-        measured={protocol: measured(runs, local_runs, protocol) for protocol in PROTOCOLS},
+        measured={protocol: measure(runs, local_runs, protocol) for protocol in PROTOCOLS},
         trained=mean_parameters(runs, (GENERALIST, SPECIALIST, ROUTER)),
         sent=mean_parameters(runs, (GENERALIST,)),
         bytes_up=statistics.mean(run["bytes_up"] / users_rounds for run in runs),
@@ -115,10 +116,10 @@ def is_contender(settings: dict) -> bool:
     return not method.pooled and not leaks and settings["experts_see"] == "train"
 
 
-def measured(runs: list[dict], local_runs: list[dict], protocol: str) -> Measured | None:
+def measure(runs: list[dict], local_runs: list[dict], protocol: str) -> Measured | None:
     """A row's test perplexities by one protocol. local_runs: those of method local."""
     ppl = f"test_ppl{SUFFIX[protocol]}"
-    if runs[0][f"mean_{ppl}"] is None:
+    if any(run[f"mean_{ppl}"] is None for run in runs):
         return None
     users = {}
     for i, user in enumerate(runs[0]["users"]):
@@ -145,7 +146,7 @@ def fraction_hurt(runs: list[dict], local_runs: list[dict], ppl: str) -> float |
 
     ppl: the column of result.json.
     """
-    local_users = {run["seed"]: run["users"] for run in local_runs}
+    local_users = {run["seed"]: run["users"] for run in local_runs if run[f"mean_{ppl}"]}
     worse = []
     for run in runs:
         if run["seed"] in local_users:
@@ -166,14 +167,24 @@ def curve(folders: list[Path]) -> dict[int, float]:
 # --- who is first ---
 
 
-def first_of(rows: dict[str, Row], label: str, protocol: str) -> str:
-    """The row with the lowest mean, of those with the same text as this one.
+def candidates(rows: dict[str, Row], label: str) -> list[str]:
+    """The rows with the same text as this one, of which one is first.
 
-    Rows whose experts learn from more text can't be first, unless all do.
+    Rows whose experts learn from more text than others can't be first, unless all do.
     """
-    same_text = [name for name in rows if rows[name].trigram == rows[label].trigram]
-    contenders = [name for name in same_text if rows[name].contender] or same_text
-    return min(contenders, key=lambda name: statistics.mean(rows[name].measured[protocol].mean))
+    same_text = [name for name in rows if rows[name].texts == rows[label].texts]
+    return [name for name in same_text if rows[name].contender] or same_text
+
+
+def first_of(rows: dict[str, Row], label: str, protocol: str) -> str:
+    """The candidate with the lowest mean, over the seeds that all candidates have."""
+    scores = {name: rows[name].scores(protocol) for name in candidates(rows, label)}
+    common = set.intersection(*(set(pairs) for pairs in scores.values()))
+
+    def mean(name: str) -> float:
+        return statistics.mean(scores[name][pair] for pair in common)
+
+    return min(scores, key=mean)
 
 
 def lags(rows: dict[str, Row], protocol: str) -> dict[str, Interval | None]:
@@ -188,18 +199,14 @@ def lags(rows: dict[str, Row], protocol: str) -> dict[str, Interval | None]:
 
 
 def clear_winners(rows: dict[str, Row], protocol: str) -> list[str]:
-    """The first rows with which no other contender is level."""
+    """The first rows to which no other candidate is level."""
     intervals = lags(rows, protocol)
     winners = []
     for label, interval in intervals.items():
-        if interval is not None:
-            continue
-        level = False
-        for other, lag in intervals.items():
-            if other != label and first_of(rows, other, protocol) == label:
-                level = level or (rows[other].contender and lag.is_level)
-        if not level:
-            winners.append(label)
+        if interval is None:
+            others = [name for name in candidates(rows, label) if name != label]
+            if all(intervals[name].low > 0 for name in others):
+                winners.append(label)
     return winners
 
 
@@ -207,11 +214,11 @@ def clear_winners(rows: dict[str, Row], protocol: str) -> list[str]:
 
 COLUMNS = (
     "Test perplexity of each user and their mean, ± the standard deviation over seeds. "
-    "behind: how much higher than the first row's the perplexity is, with a 95 % confidence "
-    "interval (a paired t-test of ln perplexity). Its pairs are users and seeds; with a mixed "
-    "target, where all users have the same test text, they are seeds. level: the interval contains "
-    "0. The first mean is bold if no other row is level with it. centralized, comigs-leaky and "
-    "rows whose experts also learn from validation text can't be first. "
+    "behind: how much higher than the first row's the mean is, with a 95 % confidence interval (a "
+    "paired t-test). Its pairs are users and seeds; with a mixed target, where all users have the "
+    "same test text, they are seeds. level: the interval contains 0. The first mean is bold if no "
+    "other row is level. centralized, comigs-leaky and rows whose experts also learn from "
+    "validation text can't be first, unless all rows are such. "
     "rate: the learning rate and other choices, made on validation text with the last average. "
     "hurt: the share of users with a higher perplexity than with local and the same seed. "
     "trained, sent: a user's trained parameters, and those that it sends. kB up, kB down: "
@@ -232,7 +239,7 @@ def lag_cell(lag: Interval | None) -> str:
     if lag is None:
         return "first"
     if math.isinf(lag.high):
-        return f"{lag.mean:+.1%}"
+        return f"level: {100 * lag.mean:+.1f} % (one pair)"
     text = f"{100 * lag.mean:+.1f} % ({100 * lag.low:+.1f} to {100 * lag.high:+.1f})"
     return f"level: {text}" if lag.is_level else text
 

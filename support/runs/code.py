@@ -1,4 +1,7 @@
-"""Digests of the code that decides a run's results, as it was when it was imported."""
+"""Digests of a method's code, as it was when it was imported: the heart, its row, its classes.
+
+The code around them (train.py, support/runs/evaluation.py, ...) isn't part of a digest.
+"""
 
 import ast
 import hashlib
@@ -28,8 +31,9 @@ def definitions_in(tree: ast.Module) -> dict[str, ast.AST]:
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             found[node.name] = node
-        elif isinstance(node, ast.Assign):
-            found |= {target.id: node for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
+            found |= {target.id: node for target in targets if isinstance(target, ast.Name)}
     return found
 
 
@@ -40,11 +44,12 @@ def classes_of(method: Method) -> list[type]:
 
 
 def modules_of_methods() -> set[str]:
-    """The modules that define the classes of all rows, without the heart's."""
+    """The modules that define the classes of all rows, and their bases, without the heart's."""
     modules = {"methods", "rivals"}
     for method in METHODS.values():
-        modules |= {kind.__module__ for kind in classes_of(method)}
-    return modules - set(HEART)
+        for kind in classes_of(method):
+            modules |= {base.__module__ for base in kind.__mro__}
+    return modules - {"builtins", *HEART}
 
 
 # Read once, when this module is imported: a file that changes later isn't the code that runs.
@@ -77,12 +82,10 @@ def row_values(method: Method) -> dict[str, str]:
 
 
 def code_digest(name: str) -> str:
-    """A digest of the code that decides the results of a method, without comments and docstrings:
-    the heart, the method's row, its classes, and what they use.
-    """
+    """A digest of a method's code, without comments and docstrings."""
     row = row_values(METHODS[name])
     definitions = used_by(set(row.values()))
     digest = hashlib.sha256(repr(sorted(row.items())).encode())
     for tree in (*HEART_TREES, *(definitions[key] for key in sorted(definitions))):
-        digest.update(ast.dump(tree).encode())
+        digest.update(ast.unparse(tree).encode())
     return digest.hexdigest()[:16]

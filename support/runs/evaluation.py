@@ -87,25 +87,25 @@ def metrics_line(
     }
 
 
-def final_losses(settings: Settings, user: User, text: Text) -> dict[str, float]:
-    """The user's losses on its whole validation and test text, in nats per token."""
+def evaluate_at_end(settings: Settings, user: User, text: Text) -> dict:
+    """The user's losses on its whole validation and test text, in nats, and the generalists' share.
+
+    It is called right after the last local steps, and again with the last average.
+    """
     user.before_evaluation()
     valid_loss, _ = evaluate_user(settings, user, whole_text(settings, text.valid))
-    test_loss, _ = evaluate_user(settings, user, whole_text(settings, text.test))
-    return {"valid": valid_loss, "test": test_loss}
+    test_loss, share = evaluate_user(settings, user, whole_text(settings, text.test))
+    return {"valid_loss": valid_loss, "test_loss": test_loss, "generalist_share": share}
 
 
 def result_row(
-    settings: Settings, user: User, text: Text, initial_loss: float, local: dict[str, float]
+    settings: Settings, user: User, text: Text, initial_loss: float, local: dict, averaged: dict
 ) -> dict:
-    """A user's row in result.json, from its whole validation and test text.
+    """A user's row in result.json.
 
-    initial_loss: that of initial_test_loss, in nats. local: the final_losses right after the
-    user's last local steps. The user now has the last average.
+    initial_loss: that of initial_test_loss, in nats. local, averaged: those of evaluate_at_end.
     """
     config = user.model.config
-    valid_loss, _ = evaluate_user(settings, user, whole_text(settings, text.valid))
-    test_loss, share = evaluate_user(settings, user, whole_text(settings, text.test))
     bits_per_byte = (len(text.test) - 1) / math.log(2) / text.test_bytes  # of a loss of 1
     parameters = {}
     for role in ROLES:
@@ -117,15 +117,15 @@ def result_row(
         "train_bytes": text.train_bytes,
         "train_tokens": len(text.train),
         "parameters": parameters,
-        "valid_ppl_local": math.exp(local["valid"]),
-        "valid_ppl": math.exp(valid_loss),
+        "valid_ppl_local": math.exp(local["valid_loss"]),
+        "valid_ppl": math.exp(averaged["valid_loss"]),
         "test_ppl_start": math.exp(initial_loss),
-        "test_ppl_local": math.exp(local["test"]),
-        "test_ppl": math.exp(test_loss),
-        "test_bpb_local": local["test"] * bits_per_byte,
-        "test_bpb": test_loss * bits_per_byte,
+        "test_ppl_local": math.exp(local["test_loss"]),
+        "test_ppl": math.exp(averaged["test_loss"]),
+        "test_bpb_local": local["test_loss"] * bits_per_byte,
+        "test_bpb": averaged["test_loss"] * bits_per_byte,
         "trigram_ppl": math.exp(trigram_loss(text.train, text.test, config.vocab_size)),
-        "generalist_share": share,
+        "generalist_share": averaged["generalist_share"],
     }
 
 

@@ -107,7 +107,7 @@ class SummingServer(Server):
         return total(len(uploads))
 
 
-LISTS = ("users", "initial_losses", "local_losses")  # of a checkpoint, with an entry per user
+LISTS = ("users", "initial_losses", "local_ends")  # of a checkpoint, with an entry per user
 
 
 class SharedFolder:

@@ -110,7 +110,8 @@ class Settings(Training):
     generalists: int = setting(1, "generalist experts in a layer", int, low=0, high=1000)
     top_k: int = setting(
         2,
-        "experts per token, at most a user's number of experts",
+        "experts per token, at most a user's number of experts; all of them, if the method has no "
+        "router or weighs kinds of experts",
         int,
         low=1,
     )
@@ -397,8 +398,6 @@ def check_method(settings: Settings) -> None:
         refuse("method", name, "needs LoRA adapters", "use `expert` lora, and a base")
     if method.needs == "both" and min(settings.generalists, *settings.specialists) == 0:
         refuse("method", name, "needs both kinds of experts", "use at least 1 of each")
-    if method.by_kind and settings.top_k != 2:
-        refuse("top_k", settings.top_k, f"`method` {name} weighs two kinds", "leave it out")
     if method.sizes == "nothing" and sizes_differ:
         refuse("method", name, "needs users of the same size", "use one number of `specialists`")
     if method.sizes != "ranks" and lora and ranks_differ:
