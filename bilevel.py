@@ -9,8 +9,8 @@ The problem of the paper is bi-level:
 
 - Θ* is not the argmin. A few steps on Θ are followed by a few steps on φ, and so on.
 - The router's gradient holds Θ fixed. The dependence of Θ* on φ (the hypergradient) is dropped, so
-  what remains is alternating minimization of two losses. It stops where each level is at a minimum
-  given the other. That point need not solve the bi-level problem.
+  what remains is alternating minimization of two losses. At its fixed points each level is at a
+  minimum given the other. They need not solve the bi-level problem.
 - θ^G is common to all users, and the sum over users is replaced by averaging (federated.py).
 
 A "step" on either level is an AdamW step. Its moments stay on the device, even when the server's
@@ -66,7 +66,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 class Level:
     """One level: its parameters, the batches that train them, AdamW and a learning-rate schedule.
 
-    parameters: by name. weight_decay: of those that `decays` names.
+    parameters: by name. weight_decay: for the parameters that `decays` selects.
     hyper: the method's hyper-parameters, by name.
     memory: a method's state between steps, by name. Checkpoints save it.
     """
@@ -99,7 +99,7 @@ class Level:
         return self.schedule.last_epoch
 
     def step(self, model: GPT) -> Tensor:
-        """Descend on this level's next batch. Returns the loss before the step, in nats."""
+        """Take one step on this level's next batch. Returns the loss before the step, in nats."""
         idx, targets = next(self.batches)
         loss, objective = self.objective(model, idx, targets)
         self.differentiate(objective)
@@ -109,7 +109,7 @@ class Level:
         return loss.detach()
 
     def objective(self, model: GPT, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, which is reported, and the objective, which is descended.
+        """The loss, which is reported, and the objective, which is minimized.
 
         A method may add terms to the objective.
         """

@@ -26,7 +26,7 @@ def size_of(message: Message) -> int:
 class User:
     """A device: its model, its two levels with its text, and counts of the bytes it exchanged.
 
-    weight: in the server's average. hyper, memory: as in bilevel.Level.
+    weight: the user's weight in the server's average. hyper, memory: as in bilevel.Level.
     """
 
     fixed_gates: Tensor | None = None  # (L, E), which replace the router's; a method may set them

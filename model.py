@@ -155,7 +155,7 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √D) v. The last of T queries sees all S keys, the one before it S − 1, ...
+    """softmax(q kᵀ / √D) v, causal: the last query attends to all S keys, the one before to S − 1.
 
     q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). With a cache, T is less than S.
     """

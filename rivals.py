@@ -105,7 +105,7 @@ class FDLoRAUser(JudgingUser):
 
 
 class PCLServer(Server):
-    """Stacks all users' generalists, and sends all of them to every user, whatever the weights."""
+    """Stacks all users' generalists, and sends all of them to every user, unweighted."""
 
     def __init__(self, generalists: Message, hyper: dict[str, float] | None = None):
         super().__init__(self.merge([generalists], [1]), hyper)

@@ -279,7 +279,7 @@ class Run:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Let all users have the server's generalists for a while, to evaluate them.
+        """Temporarily give all users the server's generalists, to evaluate them.
 
         Afterwards they have their own again, as on a device. Only a simulation can do this, so it
         doesn't count as a message.
