@@ -283,13 +283,13 @@ def test_the_first_mean_is_bold_only_if_no_other_row_is_level(tmp_path):
     assert table(rows, "averaged")[2][4:6] == ["3.01 ± 0.01", "first"]
 
 
-def test_the_first_row_is_found_on_the_seeds_that_all_candidates_have(tmp_path):
-    """A row with one lucky seed more isn't first: on the common seed it is behind."""
-    one = row_of(tmp_path / "one", (2.0, 4.0))
-    lucky = row_of(tmp_path / "lucky", (2.1, 4.1), (1.0, 1.0))
-    rows = {"lucky": lucky, "one": one}
-    assert lags(rows, "averaged")["one"] is None
-    assert lags(rows, "averaged")["lucky"].mean == pytest.approx(0.1 / 3)
+def test_a_row_that_lacks_seeds_isnt_first_but_can_prevent_a_clear_first_place(tmp_path):
+    whole = row_of(tmp_path / "whole", (2.1, 4.1), (1.0, 1.0))
+    lacks = row_of(tmp_path / "lacks", (0.5, 0.5))
+    rows = {"whole": whole, "lacks": lacks}
+    assert lags(rows, "averaged")["whole"] is None
+    assert lags(rows, "averaged")["lacks"].mean == pytest.approx(-2.6 / 3.1)
+    assert clear_winners(rows, "averaged") == []
 
 
 def test_if_all_rows_learn_from_more_text_one_of_them_is_first_but_not_if_level(tmp_path):

@@ -177,14 +177,11 @@ def candidates(rows: dict[str, Row], label: str) -> list[str]:
 
 
 def first_of(rows: dict[str, Row], label: str, protocol: str) -> str:
-    """The candidate with the lowest mean, over the seeds that all candidates have."""
-    scores = {name: rows[name].scores(protocol) for name in candidates(rows, label)}
-    common = set.intersection(*(set(pairs) for pairs in scores.values()))
-
-    def mean(name: str) -> float:
-        return statistics.mean(scores[name][pair] for pair in common)
-
-    return min(scores, key=mean)
+    """The candidate with the lowest mean. A row that lacks seeds (they diverged) can't be first."""
+    names = candidates(rows, label)
+    most = max(len(rows[name].seeds) for name in names)
+    complete = [name for name in names if len(rows[name].seeds) == most]
+    return min(complete, key=lambda name: statistics.mean(rows[name].measured[protocol].mean))
 
 
 def lags(rows: dict[str, Row], protocol: str) -> dict[str, Interval | None]:
