@@ -262,7 +262,6 @@ class Run:
         bar.set_description("evaluating the untrained models")
         for user in self.users:
             user.set_generalists(self.server.broadcast(user.shared))
-            user.before_evaluation()
         for user, text in self.readers:
             self.initial_losses.append(initial_test_loss(self.settings, user, text))
         self.log(number=0, losses={})
@@ -287,7 +286,6 @@ class Run:
         own = {user: user.copy_generalists() for user in self.users}
         for user in self.users:
             user.set_generalists(self.server.broadcast(user.shared))
-            user.before_evaluation()
         yield
         for user in self.users:
             user.model.load_state_dict(own[user], strict=False)
@@ -301,7 +299,6 @@ class Run:
         """Send all users the last average, which they keep."""
         for user in self.users:
             user.download(self.server.broadcast(user.shared))
-            user.before_evaluation()
 
     def log(self, number: int, losses: dict[User, float]) -> None:
         """Evaluate all users on validation text, and add their lines to metrics.jsonl."""

@@ -106,7 +106,6 @@ class Device:
     def initial_state(self) -> dict:
         """The state before the first round, with an evaluation of the untrained model."""
         self.user.set_generalists(self.initial_generalists)
-        self.user.before_evaluation()
         initial_loss = initial_test_loss(self.settings, self.user, self.text)
         lines = [self.metrics_line(0, None)]
         report = {"lines": lines}
@@ -147,7 +146,6 @@ class Device:
         return new
 
     def metrics_line(self, number: int, train_loss: float | None) -> dict:
-        self.user.before_evaluation()
         return metrics_line(self.settings, number, self.user, self.text, train_loss)
 
 

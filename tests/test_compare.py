@@ -253,6 +253,10 @@ def test_how_far_a_row_is_behind_is_paired_by_seed_and_user():
     assert behind(ours, theirs) == pytest.approx((0.1, 0.1, 0.1))
 
 
+def winners(rows: dict[str, Row], protocol: str) -> list[str]:
+    return clear_winners(rows, lags(rows, protocol))
+
+
 def row_of(folder: Path, *by_seed: tuple, **more) -> Row:
     folder.mkdir()
     runs = []
@@ -273,12 +277,12 @@ def test_the_first_mean_is_bold_only_if_no_other_row_is_level(tmp_path):
     }
     for protocol in PROTOCOLS:
         rows = {"far": far, "best": best} | cheats
-        assert clear_winners(rows, protocol) == ["best"]
+        assert winners(rows, protocol) == ["best"]
         assert lags(rows, protocol)["best"] is None
         assert lags(rows, protocol)["far"].low > 0.1
         assert lags(rows, protocol)["both"].high < 0
         rows["near"] = near
-        assert clear_winners(rows, protocol) == []
+        assert winners(rows, protocol) == []
         assert table(rows, protocol)[-3][5].startswith("level: ")
     assert table(rows, "averaged")[2][4:6] == ["3.01 ± 0.01", "first"]
 
@@ -289,22 +293,22 @@ def test_a_row_that_lacks_seeds_isnt_first_but_can_prevent_a_clear_first_place(t
     rows = {"whole": whole, "lacks": lacks}
     assert lags(rows, "averaged")["whole"] is None
     assert lags(rows, "averaged")["lacks"].mean == pytest.approx(-2.6 / 3.1)
-    assert clear_winners(rows, "averaged") == []
+    assert winners(rows, "averaged") == []
 
 
 def test_if_all_rows_learn_from_more_text_one_of_them_is_first_but_not_if_level(tmp_path):
     one = row_of(tmp_path / "one", (2.0, 4.0), (2.0, 4.0), experts_see="both")
     near = row_of(tmp_path / "near", (2.1, 3.95), (2.0, 4.1), experts_see="both")
     far = row_of(tmp_path / "far", (3.0, 5.0), (3.1, 5.0), experts_see="both")
-    assert clear_winners({"one": one, "far": far}, "averaged") == ["one"]
-    assert clear_winners({"one": one, "near": near}, "averaged") == []
+    assert winners({"one": one, "far": far}, "averaged") == ["one"]
+    assert winners({"one": one, "near": near}, "averaged") == []
 
 
 def test_a_single_pair_is_always_level(tmp_path):
     rows = {}
     for name, ppl in (("one", 2.0), ("far", 9.0)):
         rows[name] = row_of(tmp_path / name, (ppl, ppl), target="mixed")
-    assert clear_winners(rows, "averaged") == []
+    assert winners(rows, "averaged") == []
     assert table(rows, "averaged")[2][5] == "level: +350.0 % (one pair)"
 
 

@@ -1,5 +1,6 @@
 """A paired t-test: how far a method is behind another one, with a 95 % confidence interval."""
 
+import functools
 import math
 import statistics
 from typing import NamedTuple
@@ -22,6 +23,7 @@ class Interval(NamedTuple):
         return self.low <= 0 <= self.high
 
 
+@functools.cache
 def t_quantile(degrees: int) -> float:
     """The t for which |T| <= t has the probability CONFIDENCE, in Student's t-distribution.
 

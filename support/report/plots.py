@@ -14,7 +14,7 @@ def draw_comparison(rows: dict[str, Row], path: Path) -> None:
 
     figure = Figure(figsize=(12, 1 + 0.35 * max(10, len(rows))), layout="constrained")
     points, lines = figure.subplots(1, 2)
-    ranked = sorted(rows, key=lambda label: statistics.mean(rows[label].measured["averaged"].mean))
+    ranked = sorted(rows, key=lambda label: rows[label].mean_ppl("averaged"))
     draw_perplexities(points, {label: rows[label] for label in ranked})
     draw_curves(lines, {label: rows[label] for label in ranked})
     with rc_context({"svg.fonttype": "none"}):  # the .svg keeps text as text

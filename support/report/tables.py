@@ -18,6 +18,7 @@ from methods import METHODS, LeakyLevel
 from model import GENERALIST, ROUTER, SPECIALIST
 from support.files import read_json, read_lines, write_json, write_text
 from support.report.intervals import Interval, behind
+from support.runs.evaluation import MEANS
 
 PROTOCOLS = {
     "local": "tested right after each user's last local steps, before the last average",
@@ -55,6 +56,10 @@ class Row:
     start: list[float]  # each user's perplexity before training
     seconds: float  # of a run
     valid_loss_by_round: dict[int, float]  # in nats, mean over seeds and users
+
+    def mean_ppl(self, protocol: str) -> float:
+        """Test perplexity, mean over users and seeds."""
+        return statistics.mean(self.measured[protocol].mean)
 
     def scores(self, protocol: str) -> dict[tuple[int, str], float]:
         """Test perplexity by seed and user, for a paired test.
@@ -146,7 +151,9 @@ def fraction_hurt(runs: list[dict], local_runs: list[dict], ppl: str) -> float |
 
     ppl: the column of result.json.
     """
-    local_users = {run["seed"]: run["users"] for run in local_runs if run[f"mean_{ppl}"]}
+    local_users = {
+        run["seed"]: run["users"] for run in local_runs if run[f"mean_{ppl}"] is not None
+    }
     worse = []
     for run in runs:
         if run["seed"] in local_users:
@@ -181,7 +188,7 @@ def first_of(rows: dict[str, Row], label: str, protocol: str) -> str:
     names = candidates(rows, label)
     most = max(len(rows[name].seeds) for name in names)
     complete = [name for name in names if len(rows[name].seeds) == most]
-    return min(complete, key=lambda name: statistics.mean(rows[name].measured[protocol].mean))
+    return min(complete, key=lambda name: rows[name].mean_ppl(protocol))
 
 
 def lags(rows: dict[str, Row], protocol: str) -> dict[str, Interval | None]:
@@ -195,9 +202,8 @@ def lags(rows: dict[str, Row], protocol: str) -> dict[str, Interval | None]:
     return intervals
 
 
-def clear_winners(rows: dict[str, Row], protocol: str) -> list[str]:
-    """The first rows to which no other candidate is level."""
-    intervals = lags(rows, protocol)
+def clear_winners(rows: dict[str, Row], intervals: dict[str, Interval | None]) -> list[str]:
+    """The first rows to which no other candidate is level. intervals: those of lags."""
     winners = []
     for label, interval in intervals.items():
         if interval is None:
@@ -267,7 +273,7 @@ def table(rows: dict[str, Row], protocol: str) -> list[list[str]]:
     """All cells by one protocol. The last rows are the first row's models before training, and
     the trigrams."""
     intervals = lags(rows, protocol)
-    winners = clear_winners(rows, protocol)
+    winners = clear_winners(rows, intervals)
     first = next(iter(rows.values()))
     users = first.measured[protocol].users
     cells = [["", "rate", *users, "mean", "behind", "worst user", "hurt"]]
@@ -358,17 +364,7 @@ def caption(rows: list[dict], seeds: int) -> str:
 
 # --- CSV ---
 
-USER_COLUMNS = (
-    "specialists",
-    "test_ppl_start",
-    "valid_ppl_local",
-    "valid_ppl",
-    "test_ppl_local",
-    "test_ppl",
-    "test_bpb_local",
-    "test_bpb",
-    "trigram_ppl",
-)
+USER_COLUMNS = ("specialists", "test_ppl_start", *MEANS, "trigram_ppl")
 
 
 def user_records(folder: Path) -> Iterable[dict]:

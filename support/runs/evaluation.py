@@ -64,6 +64,7 @@ def evaluate_user(
 
 def initial_test_loss(settings: Settings, user: User, text: Text) -> float:
     """The loss on test text before the first round, in nats."""
+    user.before_evaluation()
     loss, _ = evaluate(user.model, whole_text(settings, text.test), user.fixed_gates)
     return loss
 
@@ -75,6 +76,7 @@ def metrics_line(
 
     train_loss: mean over the round's steps; None if the user wasn't selected.
     """
+    user.before_evaluation()
     valid_loss, share = evaluate_user(settings, user, part_of_text(settings, text.valid))
     return {
         "round": number,
@@ -208,7 +210,9 @@ def table_line(user: dict, routed: bool) -> str:
     """A user's line of the table."""
     experts = f"{user['generalists']}G {user['specialists']}S"
     parameters = sum(user["parameters"].values())
-    start, local, averaged = (user[f"test_ppl{name}"] for name in ("_start", "_local", ""))
+    start = user["test_ppl_start"]
+    local = user["test_ppl_local"]
+    averaged = user["test_ppl"]
     share = "–"
     if routed:
         layers = user["generalist_share"]
